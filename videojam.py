@@ -1,0 +1,691 @@
+"""VideoJAM: Joint Appearance-Motion Representations for Enhanced Motion Generation in Video Models
+(Chefer et al., 2025), in the order of the paper. Read it with the paper in hand:
+
+    App. C    TAE, the space that the model works in      Sec. 4.2  motion rows, joint loss (Eq. 6)
+    App. C    text encoder                                Sec. 4.3  Inner-Guidance (Eq. 7-8), App. A
+    Sec. 4.1  DiT (Eq. 4), flow matching (Eq. 1-3)        App. C    schedule, sampler, sizes
+
+One legend, everywhere: t = 0 is noise, t = 1 is data. x is appearance, d motion, y text, u the
+predicted velocity. Video (B, T, 3, H, W) in [0, 1], latent (B, C, T', H', W'). The method (losses,
+guidance, sampler) knows a model only as `model(x, t, y)`, so it works on other transformers too.
+"""
+import dataclasses
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from tqdm import tqdm
+
+from flow import ROOT, read_file, write_file
+
+# ---------------------------------------------------------------- App. C: TAE (Movie Gen's)
+
+
+@dataclasses.dataclass(frozen=True)
+class TAEConfig:
+    channels: int = 16                                  # C_TAE
+    patch: int = 1                                      # pixels are folded p x p before the first conv
+    widths: tuple = (128, 256, 512, 512)                # channels at each level
+    strides: tuple = ((2, 2), (2, 2), (2, 2))           # (time, space) from each level to the next
+    blocks: int = 2                                     # residual blocks a level
+
+    @property
+    def compression(self):
+        """(time, space): how many frames and how many pixels a side one latent position covers."""
+        return (math.prod(time for time, _ in self.strides),
+                self.patch * math.prod(space for _, space in self.strides))
+
+
+class SpaceTimeConv(nn.Module):
+    """A 3 x 3 convolution in space, then one of 3 taps in time, on (B, T, H, W, C).
+
+    Channels come last, so both are 2D convolutions on views of one buffer, without a copy. The
+    temporal one starts as the identity (centre tap): an image model at first, as in Movie Gen.
+    """
+
+    def __init__(self, c_in, c_out, stride=(1, 1)):
+        super().__init__()
+        time, space = stride
+        self.space = nn.Conv2d(c_in, c_out, 3, stride=space, padding=1)
+        self.time = nn.Conv2d(c_out, c_out, (3, 1), stride=(time, 1))
+        nn.init.zeros_(self.time.bias)
+        nn.init.zeros_(self.time.weight)
+        if not self.time.weight.is_meta:
+            self.time.weight.data[:, :, 1, 0] = torch.eye(c_out)
+
+    def forward(self, x):
+        B, T, H, W, _ = x.shape
+        x = self.space(x.flatten(0, 1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)     # (BT, H', W', C)
+        H, W = x.shape[1:3]
+        x = x.reshape(B, T, H * W, -1)
+        x = torch.cat([x[:, :1], x, x[:, -1:]], 1)      # symmetric replicate padding in time
+        x = self.time(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)                    # (B, T', HW, C)
+        return x.reshape(B, -1, H, W, x.shape[-1])
+
+
+class ResBlock(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.norm1, self.conv1 = nn.LayerNorm(width), SpaceTimeConv(width, width)
+        self.norm2, self.conv2 = nn.LayerNorm(width), SpaceTimeConv(width, width)
+
+    def forward(self, x):
+        return x + self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
+
+
+class Upsample(nn.Module):
+    """Nearest neighbour by (time, space), then a convolution."""
+
+    def __init__(self, c_in, c_out, stride):
+        super().__init__()
+        self.stride, self.conv = stride, SpaceTimeConv(c_in, c_out)
+
+    def forward(self, x):
+        time, space = self.stride
+        B, T, H, W, C = x.shape
+        x = x[:, :, None, :, None, :, None].expand(B, T, time, H, space, W, space, C)
+        return self.conv(x.reshape(B, T * time, H * space, W * space, C))
+
+
+class TAE(nn.Module):
+    """Temporal Auto-Encoder of Movie Gen: (B, T, 3, H, W) <-> (B, C, T', H', W').
+
+    T' = ceil(T / time), H' = H / space, W' = W / space by the config's compression. Latents are
+    standardised per channel, with statistics of their own for videos and for RGB flow (motion=True).
+    """
+
+    def __init__(self, config=TAEConfig()):
+        super().__init__()
+        self.config, w, p = config, config.widths, config.patch
+        blocks = [[ResBlock(width) for _ in range(config.blocks)] for width in w]
+        downs = [SpaceTimeConv(*pair) for pair in zip(w, w[1:], config.strides)]
+        self.encoder = nn.Sequential(
+            SpaceTimeConv(3 * p * p, w[0]), *blocks[0],
+            *[layer for down, level in zip(downs, blocks[1:]) for layer in (down, *level)],
+            nn.LayerNorm(w[-1]), nn.SiLU(), SpaceTimeConv(w[-1], 2 * config.channels))
+        blocks = [[ResBlock(width) for _ in range(config.blocks)] for width in w]
+        ups = [Upsample(*pair) for pair in zip(w[1:], w, config.strides)]
+        self.decoder = nn.Sequential(
+            SpaceTimeConv(config.channels, w[-1]), *blocks[-1],
+            *[layer for up, level in zip(ups[::-1], blocks[-2::-1]) for layer in (up, *level)],
+            nn.LayerNorm(w[0]), nn.SiLU(), SpaceTimeConv(w[0], 3 * p * p))
+        # statistics of the latents: row 0 of videos, row 1 of RGB flow
+        self.register_buffer("mean", torch.zeros(2, config.channels))
+        self.register_buffer("std", torch.ones(2, config.channels))
+
+    def posterior(self, video):
+        """(B, T, 3, H, W) in [0, 1] -> mean and log-variance, (B, T', H', W', C) each, as they are."""
+        space = self.config.compression[1]
+        if video.ndim != 5 or video.shape[2] != 3 or video.shape[3] % space or video.shape[4] % space:
+            raise ValueError(f"TAE takes (B, T, 3, H, W), H and W multiples of {space}, "
+                             f"got {tuple(video.shape)}")
+        x = F.pixel_unshuffle(video * 2 - 1, self.config.patch)
+        mean, log_var = self.encoder(x.permute(0, 1, 3, 4, 2)).chunk(2, -1)
+        return mean, log_var.float().clamp(-20, 10)
+
+    def pixels(self, z):
+        """(B, T', H', W', C) as `posterior` gives them -> (B, T, 3, H, W), not clamped."""
+        x = self.decoder(z).permute(0, 1, 4, 2, 3)
+        return (F.pixel_shuffle(x, self.config.patch) + 1) / 2
+
+    def encode(self, video, motion=False):
+        """Video, or RGB flow with motion=True, in [0, 1] -> standardised latent (B, C, T', H', W')."""
+        mean = self.posterior(video)[0].float()
+        return ((mean - self.mean[int(motion)]) / self.std[int(motion)]).permute(0, 4, 1, 2, 3)
+
+    def decode(self, latent, motion=False, frames=None):
+        """Latent -> video in [0, 1]; with `frames`, the spurious last ones are cropped."""
+        z = latent.permute(0, 2, 3, 4, 1) * self.std[int(motion)] + self.mean[int(motion)]
+        return self.pixels(z)[:, :frames].float().clamp(0, 1)
+
+
+def tae_loss(tae, video, kl_weight=1e-4, outlier_weight=1e-2, r=3, generator=None):
+    """L1 + KL + outlier penalty (Movie Gen's OPL): latents further than r deviations from the
+    clip's mean are pulled in, so that no bright spots carry global content. Returns a scalar."""
+    mean, log_var = tae.posterior(video)
+    noise = torch.randn(mean.shape, generator=generator).to(mean.device)
+    reconstruction = tae.pixels(mean + (log_var / 2).exp() * noise)[:, :video.shape[1]]
+    mean = mean.float()
+    kl = (mean ** 2 + log_var.exp() - 1 - log_var).mean() / 2
+    centre = mean.mean((1, 2, 3), keepdim=True)
+    spread = mean.std((1, 2, 3), keepdim=True).norm(dim=-1)
+    outliers = F.relu((mean - centre).norm(dim=-1) - r * spread).mean()
+    return (reconstruction.float() - video).abs().mean() + kl_weight * kl + outlier_weight * outliers
+
+
+# ---------------------------------------------------------------- App. C: text, as bytes
+
+PAD, END, VOCABULARY = 0, 257, 258      # tokens 1..256 are the bytes 0..255 (as in ByT5)
+
+
+def tokenize(prompts, max_bytes=None):
+    """List of str -> LongTensor (B, L): UTF-8 bytes + 1, then END, then PAD up to the longest.
+
+    The null prompt "" is END alone. With max_bytes, longer prompts are cut at a character's end.
+    """
+    rows = []
+    for prompt in prompts:
+        data = prompt.encode()
+        if max_bytes is not None:
+            data = data[:max_bytes].decode(errors="ignore").encode()
+        rows.append(torch.tensor([byte + 1 for byte in data] + [END]))
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
+
+
+def null_text(y):
+    """The null prompt in the shape of the tokens y: END, then PAD."""
+    null = torch.full_like(y, PAD)
+    null[:, 0] = END
+    return null
+
+
+# ---------------------------------------------------------------- Sec. 4.1: DiT (Eq. 4)
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig:
+    channels: int = 16                  # C_TAE, of x alone
+    patch: int = 2                      # p: patches of 1 x p x p
+    width: int = 3072                   # C_DiT
+    depth: int = 32
+    heads: int = 24
+    ffn: int = 6144
+    text_width: int = 2048
+    text_depth: int = 3
+    max_bytes: int = 512                # the longest prompt, in UTF-8 bytes
+    motion: bool = False                # whether add_motion has widened W_in and W_out
+
+
+def rms_norm(x):
+    return F.rms_norm(x, x.shape[-1:], eps=1e-6)
+
+
+@functools.lru_cache(maxsize=16)
+def rope_table(grid, head_dim, device):
+    """Axial rotary angles of a grid of positions -> cos, sin (positions, head_dim / 2) each.
+
+    Every axis has its own share of the frequencies, so any length and size can be asked for.
+    """
+    pairs = head_dim // 2
+    shares = [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3][-len(grid):]
+    shares = shares if len(grid) == 3 else [pairs]
+    axes = torch.meshgrid(*[torch.arange(n, device=device).float() for n in grid], indexing="ij")
+    angles = [axis.flatten()[:, None] * 1e4 ** -(torch.arange(n, device=device) / n)
+              for axis, n in zip(axes, shares)]
+    angles = torch.cat(angles, 1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, rope):
+    """Turns pairs (first half, second half) of (B, heads, positions, head_dim) by their angles."""
+    cos, sin = (table.to(x.dtype) for table in rope)
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+def attend(q, k, v, mask=None):
+    """softmax(q k^T / sqrt(head_dim)) v on (B, heads, positions, head_dim); mask True = visible."""
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    # on CPU plain products train the toy 1.8 times as fast as the fused kernel with its slow backward
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return scores.softmax(-1).to(v.dtype) @ v
+
+
+class Attention(nn.Module):
+    """Multi-head attention with QK-norm; to itself (with rope), or to a context (with a mask)."""
+
+    def __init__(self, width, heads, context_width=None):
+        super().__init__()
+        self.heads, head_dim = heads, width // heads
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_kv = nn.Linear(context_width or width, 2 * width, bias=False)
+        self.norm_q, self.norm_k = nn.RMSNorm(head_dim, eps=1e-6), nn.RMSNorm(head_dim, eps=1e-6)
+        self.out = nn.Linear(width, width, bias=False)
+
+    def forward(self, x, context=None, rope=None, mask=None):
+        B, N, width = x.shape
+        context = x if context is None else context
+        q = self.to_q(x).view(B, N, self.heads, -1)
+        k, v = self.to_kv(context).view(B, context.shape[1], 2, self.heads, -1).unbind(2)
+        q, k = self.norm_q(q).transpose(1, 2), self.norm_k(k).transpose(1, 2)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        x = attend(q, k, v.transpose(1, 2), mask)
+        return self.out(x.transpose(1, 2).reshape(B, N, width))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.up = nn.Linear(width, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x):
+        gate, value = self.up(x).chunk(2, -1)
+        return self.down(F.silu(gate) * value)
+
+
+class TextLayer(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.attention, self.mlp = Attention(width, heads), SwiGLU(width, 2 * width)
+
+    def forward(self, x, mask, rope):
+        x = x + self.attention(rms_norm(x), rope=rope, mask=mask)
+        return x + self.mlp(rms_norm(x))
+
+
+class TextEncoder(nn.Module):
+    """Bytes (B, L) -> features (B, L, text_width) and a mask (B, 1, 1, L) that hides padding.
+
+    Stands for the paper's UL2, ByT5 and MetaCLIP; trained together with the DiT.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        width, heads = config.text_width, max(1, config.text_width // 64)
+        self.embed, self.head_dim = nn.Embedding(VOCABULARY, width), width // heads
+        self.layers = nn.ModuleList([TextLayer(width, heads) for _ in range(config.text_depth)])
+
+    def forward(self, tokens):
+        x, mask = self.embed(tokens), (tokens != PAD)[:, None, None, :]
+        rope = rope_table((tokens.shape[1],), self.head_dim, tokens.device)
+        for dynamic in (x, *rope):      # prompts differ in length: one compiled layer for all lengths
+            torch._dynamo.maybe_mark_dynamic(dynamic, int(dynamic is x))
+        torch._dynamo.maybe_mark_dynamic(mask, 3)
+        for layer in self.layers:
+            x = layer(x, mask, rope)
+        return rms_norm(x), mask
+
+
+class Block(nn.Module):
+    """Self-attention over all space-time tokens, cross-attention to the text, SwiGLU.
+
+    adaLN: t gives shift, scale and gate of the first and the last; one projection is shared by all
+    blocks (PixArt's adaLN-single), each adds a table of its own.
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        self.attention = Attention(c.width, c.heads)
+        self.cross = Attention(c.width, c.heads, c.text_width)
+        self.mlp = SwiGLU(c.width, c.ffn)
+        self.table = nn.Parameter(torch.zeros(6, c.width))
+
+    def forward(self, h, modulation, text, mask, rope):
+        shift1, scale1, gate1, shift2, scale2, gate2 = \
+            (modulation + self.table).to(h.dtype).unsqueeze(2).unbind(1)            # (B, 1, width)
+        h = h + gate1 * self.attention(rms_norm(h) * (1 + scale1) + shift1, rope=rope)
+        h = h + self.cross(rms_norm(h), text, mask=mask)
+        return h + gate2 * self.mlp(rms_norm(h) * (1 + scale2) + shift2)
+
+
+def patchify(x, p):
+    """(B, C, T, H, W) -> tokens (B, T H/p W/p, p p C): patch offsets, channels last within them."""
+    B, C, T, H, W = x.shape
+    x = x.view(B, C, T, H // p, p, W // p, p)
+    return x.permute(0, 2, 3, 5, 4, 6, 1).reshape(B, T * (H // p) * (W // p), p * p * C)
+
+
+def unpatchify(tokens, p, shape):
+    """Inverse of patchify: (B, N, p p C) -> (B, C, T, H, W) with shape = (T, H, W)."""
+    B, (T, H, W) = len(tokens), shape
+    x = tokens.view(B, T, H // p, W // p, p, p, -1)
+    return x.permute(0, 6, 1, 2, 4, 3, 5).reshape(B, -1, T, H, W)
+
+
+class DiT(nn.Module):
+    """u(x_t, y, t) = M(x_t W_in, y, t) W_out (Eq. 4). x (B, C, T', H', W'), t (B,) or a scalar in
+    [0, 1], tokens (B, L) -> velocity of x's shape. After add_motion x and u are [x, d], 2C channels.
+    """
+
+    def __init__(self, config=DiTConfig()):
+        super().__init__()
+        self.config = c = config
+        patch_dim = (1 + c.motion) * c.channels * c.patch ** 2
+        self.text = TextEncoder(c)
+        self.W_in = nn.Linear(patch_dim, c.width, bias=False)
+        self.time = nn.Sequential(nn.Linear(256, c.width), nn.SiLU(), nn.Linear(c.width, c.width))
+        self.modulation = nn.Linear(c.width, 6 * c.width)
+        self.blocks = nn.ModuleList([Block(c) for _ in range(c.depth)])
+        self.final_table = nn.Parameter(torch.zeros(2, c.width))
+        self.W_out = nn.Linear(c.width, patch_dim, bias=False)
+        self.initialize_weights()
+
+    def initialize_weights(self):
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(self.text.embed.weight)
+        # every block starts as the identity (gates and cross-attention are zero), u as zero: a
+        # deep stack then trains at once (DiT's adaLN-Zero)
+        nn.init.zeros_(self.modulation.weight)
+        for block in self.blocks:
+            nn.init.zeros_(block.cross.out.weight)
+        nn.init.zeros_(self.W_out.weight)
+
+    def add_motion(self):
+        """Sec. 4.2: W_in gets zero rows for d, W_out zero columns: u^x stays as it is to the bit."""
+        if self.config.motion:
+            raise ValueError("this DiT has its motion rows already")
+        self.W_in = widen_input(self.W_in, self.config.channels, channel_last=True)
+        self.W_out = widen_output(self.W_out, self.config.channels, channel_last=True)
+        self.config = dataclasses.replace(self.config, motion=True)
+        return self
+
+    def forward(self, x, t, tokens):
+        c, (T, H, W) = self.config, x.shape[2:]
+        channels = (1 + c.motion) * c.channels
+        if x.shape[1] != channels or H % c.patch or W % c.patch:
+            raise ValueError(f"DiT takes (B, {channels}, T, H, W), H and W multiples of {c.patch}, "
+                             f"got {tuple(x.shape)}")
+        text, mask = self.text(tokens)
+        torch._dynamo.maybe_mark_dynamic(text, 1)
+        t = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x))
+        frequencies = 1e4 ** -(torch.arange(128, device=x.device) / 128)
+        angles = 1000 * t[:, None] * frequencies
+        emb = self.time(torch.cat([angles.cos(), angles.sin()], 1))                 # (B, width)
+        modulation = self.modulation(F.silu(emb)).view(len(x), 6, c.width)
+        rope = rope_table((T, H // c.patch, W // c.patch), c.width // c.heads, x.device)
+        h = self.W_in(patchify(x, c.patch))                                         # (B, N, width)
+        for block in self.blocks:
+            h = block(h, modulation, text, mask, rope)
+        shift, scale = (emb[:, None] + self.final_table).to(h.dtype).unsqueeze(2).unbind(1)
+        u = self.W_out(rms_norm(h) * (1 + scale) + shift)
+        return unpatchify(u, c.patch, (T, H, W)).float()
+
+
+# ---------------------------------------------------------------- Sec. 4.1: flow matching (Eq. 1-3)
+
+
+def noised(x1, x0, t):
+    """Eq. 1: x_t = t x_1 + (1 - t) x_0, t (B,)."""
+    t = t.view(-1, *[1] * (x1.ndim - 1))
+    return t * x1 + (1 - t) * x0
+
+
+def velocity(x1, x0):
+    """Eq. 2: v = x_1 - x_0."""
+    return x1 - x0
+
+
+def sample_t(n, uniform=False, generator=None):
+    """n times in (0, 1): logit-normal(0, 1) as in Movie Gen, or uniform."""
+    return torch.rand(n, generator=generator) if uniform else \
+        torch.randn(n, generator=generator).sigmoid()
+
+
+def drop(batch, p, empty, generator=None):
+    """Replaces each sample of (B, ...), by a coin of its own, by that of `empty`, with chance p."""
+    coin = (torch.rand(len(batch), generator=generator) < p).to(batch.device)
+    return torch.where(coin.view(-1, *[1] * (batch.ndim - 1)), empty, batch)
+
+
+def squared_errors(model, z1, y, C, null=None, text_dropout=.3, motion_dropout=.2, uniform=False,
+                   generator=None):
+    """|u(z_t, y, t) - v|^2 of a batch: the integrand of Eq. 3 (C channels) and of Eq. 6 (2C).
+
+    z1 (B, C or 2C, ...): x1, or [x1, d1]; y any tensor with a batch axis, null what stands for no
+    text (ours by default). The text is dropped for 30% of the samples and, independently, the noised
+    motion for 20% (set to zero; its target stays, so that motion is guessed from appearance alone).
+    Returns t (B,) and the errors, averaged over positions, (B, C or 2C).
+    """
+    null = null_text(y) if null is None else null.expand_as(y)
+    # all random numbers come from one CPU generator in one order, whatever the device
+    z0 = torch.randn(z1.shape, generator=generator).to(z1)
+    t = sample_t(len(z1), uniform, generator).to(z1)
+    y = drop(y, text_dropout, null, generator)
+    z_t = noised(z1, z0, t)
+    if z1.shape[1] > C:
+        d_t = z_t[:, C:]
+        z_t = torch.cat([z_t[:, :C], drop(d_t, motion_dropout, torch.zeros_like(d_t), generator)], 1)
+    u = model(z_t, t, y)
+    return t, (u - velocity(z1, z0)).square().flatten(2).mean(2)
+
+
+def flow_matching_loss(model, x1, y, null=None, **options):
+    """Eq. 3, as the mean over batch, channels and positions. x1 (B, C, ...)."""
+    return squared_errors(model, x1, y, x1.shape[1], null, **options)[1].mean()
+
+
+# ---------------------------------------------------------------- Sec. 4.2: joint representation
+
+
+def widen(weight, axis, C, channel_last):
+    """Zeros for C more channels after every patch offset's C (channel_last), or after all."""
+    groups = weight.shape[axis] // C if channel_last else 1
+    parts = weight.unflatten(axis, (groups, -1))                        # (..., groups, C or all, ...)
+    return torch.cat([parts, torch.zeros_like(parts)], axis + 1).flatten(axis, axis + 1)
+
+
+def rebuilt(layer, weight, bias, **sizes):
+    """A layer of the same kind and options with other weights and the attributes of their size."""
+    new = type(layer).__new__(type(layer))
+    nn.Module.__init__(new)
+    new.__dict__.update({k: v for k, v in layer.__dict__.items() if not k.startswith("_")}, **sizes)
+    if isinstance(layer, _ConvNd):                                      # (its padding is kept there)
+        new._reversed_padding_repeated_twice = layer._reversed_padding_repeated_twice
+    new.weight = nn.Parameter(weight)
+    new.bias = None if bias is None else nn.Parameter(bias)
+    return new
+
+
+def widen_input(layer, C, channel_last):
+    """W_in -> W_in^+: the layer (Linear over patches of C channels, or a Conv) for [x, d], 2C.
+
+    channel_last says how a Linear's patches are laid out: (offsets, C), or else (C, offsets).
+    """
+    weight = layer.weight.detach()
+    if isinstance(layer, nn.Linear) and weight.shape[1] % C == 0:
+        return rebuilt(layer, widen(weight, 1, C, channel_last), layer.bias,
+                       in_features=2 * weight.shape[1])
+    if isinstance(layer, _ConvNd) and not isinstance(layer, _ConvTransposeNd) \
+            and layer.in_channels == C and layer.groups == 1:
+        return rebuilt(layer, widen(weight, 1, C, False), layer.bias, in_channels=2 * C)
+    raise ValueError(f"cannot widen {layer} for an input of {C} channels")
+
+
+def widen_output(layer, C, channel_last):
+    """W_out -> W_out^+: the layer that also gives d, from zero columns (and a zero bias).
+
+    A Linear, or a Conv whose outputs are patches, laid out as channel_last says, or a ConvTranspose.
+    """
+    weight, bias = layer.weight.detach(), layer.bias
+    if isinstance(layer, _ConvTransposeNd):
+        axis, outputs, attribute, channel_last = 1, layer.out_channels, "out_channels", False
+    else:
+        axis, outputs = 0, weight.shape[0]
+        attribute = "out_features" if isinstance(layer, nn.Linear) else "out_channels"
+    if not isinstance(layer, (nn.Linear, _ConvNd)) or outputs % C or getattr(layer, "groups", 1) > 1:
+        raise ValueError(f"cannot widen {layer} for an output of {C} channels")
+    bias = None if bias is None else widen(bias.detach(), 0, C, channel_last)
+    return rebuilt(layer, widen(weight, axis, C, channel_last), bias, **{attribute: 2 * outputs})
+
+
+def joint_loss(model, x1, d1, y, null=None, **options):
+    """Eq. 6: u^+ = [u^x, u^d] against v^+, one t for both. x1, d1 (B, C, ...); the mean over all."""
+    z1 = torch.cat([x1, d1], 1)
+    return squared_errors(model, z1, y, x1.shape[1], null, **options)[1].mean()
+
+
+# ---------------------------------------------------------------- Sec. 4.3: Inner-Guidance (Eq. 7-8)
+
+GUIDANCE = ("inner", "cfg", "none", "ip2p", "composable")
+
+
+def guidance_terms(mode, w1, w2):
+    """The score of a mode as a sum of evaluations: (weight, with d?, with y?) each."""
+    if mode == "none":
+        return [(1, True, True)]
+    if mode == "cfg":                               # Ho & Salimans: Eq. 8 without its motion term
+        return [(1 + w1, True, True), (-w1, True, False)]
+    if mode == "inner":                             # Eq. 8
+        return [(1 + w1 + w2, True, True), (-w1, True, False), (-w2, False, True)]
+    # App. A, with w1 the text scale and w2 the motion scale here too (the paper swaps the names)
+    if mode == "ip2p":      # u(x,0,0) + w2 (u(x,d,0) - u(x,0,0)) + w1 (u(x,d,y) - u(x,d,0))
+        return [(1 - w2, False, False), (w2 - w1, True, False), (w1, True, True)]
+    if mode == "composable":    # u(x,0,0) + w1 (u(x,0,y) - u(x,0,0)) + w2 (u(x,d,0) - u(x,0,0))
+        return [(1 - w1 - w2, False, False), (w1, False, True), (w2, True, False)]
+    raise ValueError(f"unknown guidance {mode!r}: one of {', '.join(GUIDANCE)}")
+
+
+def guided_velocity(model, x, d, t, y, w1=5., w2=3., mode="inner", null=None):
+    """The guided velocity of [x, d], each (B, C, ...), at time t: u of 2C channels.
+
+    All terms run in one batch; those of weight 0 do not run. d = None: a model without motion (u of C
+    channels), for which there is only "cfg" and "none".
+    """
+    if d is None and mode not in ("cfg", "none"):
+        raise ValueError(f"guidance {mode!r} needs motion: a model without it takes cfg or none")
+    null = null_text(y) if null is None else null.expand_as(y)
+    terms = [term for term in guidance_terms(mode, w1, w2) if term[0] != 0]
+    z = [x if d is None else torch.cat([x, d if with_d else torch.zeros_like(d)], 1)
+         for _, with_d, _ in terms]
+    text = [y if with_y else null for _, _, with_y in terms]
+    t = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x))
+    u = model(torch.cat(z), t.repeat(len(terms)), torch.cat(text)).chunk(len(terms))
+    return sum(weight * part for (weight, _, _), part in zip(terms, u))
+
+
+# ---------------------------------------------------------------- App. C: schedule and sampler
+
+
+def linear_quadratic(steps, emulated=1000):
+    """Movie Gen's schedule: (steps + 1,) times from 0 to 1. The first half takes steps of 1/emulated,
+    the second half grows quadratically. emulated = 1280 at 64 steps is Mochi's threshold of 0.025.
+    """
+    if not 1 <= steps <= emulated:
+        raise ValueError(f"steps must be from 1 to {emulated}, got {steps}")
+    i = torch.arange(steps + 1, dtype=torch.float64)
+    ramp = ((i - steps / 2).clamp(min=0) / (steps / 2)) ** 2
+    return (i / emulated + (1 - steps / emulated) * ramp).float()
+
+
+@torch.no_grad()
+def euler_sample(model, x, d, y, times, w1=5., w2=3., mode="inner", null=None, progress=None):
+    """From noise x, d (B, C, ...) at times[0] to times[-1] by Euler steps: returns x, d.
+
+    The motion guidance w2 acts in the first half of the steps only: there the coarse motion is
+    decided (App. C). d = None for a model without motion.
+    """
+    steps, C = len(times) - 1, x.shape[1]
+    z = x if d is None else torch.cat([x, d], 1)
+    for i in tqdm(range(steps), desc=progress, disable=progress is None):
+        x, d = (z, None) if d is None else z.split(C, 1)
+        u = guided_velocity(model, x, d, times[i], y, w1, w2 if i < steps / 2 else 0., mode, null)
+        z = z + (times[i + 1] - times[i]) * u
+    return (z, None) if d is None else z.split(C, 1)
+
+
+# ---------------------------------------------------------------- App. C: sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    frames: int
+    size: int                           # pixels a side
+    fps: int
+    tae: TAEConfig
+    dit: DiTConfig
+
+    @staticmethod
+    def from_dict(config):
+        """The inverse of dataclasses.asdict, for what a bundle carries."""
+        tae = {k: tuple(map(tuple, v)) if k == "strides" else tuple(v) if k == "widths" else v
+               for k, v in config["tae"].items()}
+        return Preset(**{**config, "tae": TAEConfig(**tae), "dit": DiTConfig(**config["dit"])})
+
+    def latent_shape(self):
+        time, space = self.tae.compression
+        side = self.size // space
+        return self.tae.channels, math.ceil(self.frames / time), side, side
+
+
+PRESETS = {
+    # what two CPU cores train in minutes: pixels folded 4 x 4, so that no convolution sees them all
+    "toy": Preset(16, 64, 8, TAEConfig(8, 4, (48, 96, 96), ((2, 2), (2, 1)), 1),
+                  DiTConfig(8, 2, 192, 6, 3, 384, 128, 2, 192)),
+    # one GPU, own videos: 136 M parameters
+    "small": Preset(48, 128, 12, TAEConfig(16, 1, (64, 128, 256, 256)),
+                    DiTConfig(16, 2, 768, 16, 12, 1536, 768, 2)),
+    # the paper's: 4.2 B and 29 B. Width and depth are given there, the rest is our assumption
+    "4b": Preset(128, 256, 24, TAEConfig(), DiTConfig()),
+    "30b": Preset(128, 256, 24, TAEConfig(), DiTConfig(16, 2, 6144, 48, 48, 16384, 4096, 6)),
+}
+
+
+# ---------------------------------------------------------------- the bundle: one file, ready to run
+
+
+class VideoJAM:
+    """A TAE, a DiT and their preset. `which` says which DiT: "jam", "base" or "control"."""
+
+    def __init__(self, config, tae, dit, which="jam"):
+        self.config, self.tae, self.dit, self.which = config, tae.eval(), dit.eval(), which
+
+    def save(self, path, **others):
+        """Writes one file: config, TAE, this DiT and the `others` (name=DiT), in half precision."""
+        def half(module):
+            return {k: v.detach().half().contiguous() for k, v in module.state_dict().items()}
+        dits = {self.which: self.dit, **others}
+        config = dataclasses.asdict(self.config)
+        config["dit"]["motion"] = False                 # a matter of each DiT, not of the preset
+        content = {"kind": "videojam", "config": config, "tae": half(self.tae),
+                   "dits": {name: half(dit) for name, dit in dits.items()}}
+        write_file(path, lambda temporary: torch.save(content, temporary))
+
+    @classmethod
+    def load(cls, path=ROOT / "weights/toy.pt", which="jam", device="cpu"):
+        """The bundle at `path` with the DiT `which`. ValueError, in one line, for any other file."""
+        content = read_file(path, "videojam")
+        if which not in content.get("dits", {}):
+            raise ValueError(f"{path}: has no {which!r} model, only "
+                             + ", ".join(content.get("dits", {})))
+        try:
+            config = Preset.from_dict(content["config"])
+            weights = content["dits"][which]
+            rows = config.dit.channels * config.dit.patch ** 2
+            motion = weights["W_in.weight"].shape[1] == 2 * rows
+            tae, dit = TAE(config.tae), DiT(dataclasses.replace(config.dit, motion=motion))
+            tae.load_state_dict(content["tae"])
+            dit.load_state_dict(weights)
+        except (KeyError, TypeError, RuntimeError, AttributeError) as error:
+            raise ValueError(f"{path}: does not fit this version: "
+                             f"{' '.join(str(error).split())[:200]}") from None
+        return cls(config, tae.to(device), dit.to(device), which)
+
+    @torch.no_grad()
+    def generate(self, prompts, steps=100, w1=5., w2=3., seed=0, mode=None, emulated=1000, batch=16,
+                 progress=None):
+        """List of prompts -> video and motion as RGB (None without motion), (B, T, 3, H, W) in [0, 1].
+
+        mode: a guidance of GUIDANCE, by default "inner", or "cfg" for a model without motion. Sample
+        i starts from the noise of seed + i, the same for every model. Runs in bf16 autocast.
+        """
+        if not prompts:
+            raise ValueError("no prompt: give at least one")
+        device, motion = next(self.dit.parameters()).device, self.dit.config.motion
+        mode = mode or ("inner" if motion else "cfg")
+        times = linear_quadratic(steps, emulated).to(device)
+        shape, videos = self.config.latent_shape(), []
+        for start in range(0, len(prompts), batch):
+            y = tokenize(prompts[start:start + batch], self.config.dit.max_bytes).to(device)
+            # x is drawn before d, so that models with and without motion start from the same x
+            draws = [torch.Generator().manual_seed(seed + start + i) for i in range(len(y))]
+            x = torch.stack([torch.randn(shape, generator=g) for g in draws]).to(device)
+            d = torch.stack([torch.randn(shape, generator=g) for g in draws]).to(device)
+            with torch.autocast(device.type, torch.bfloat16):
+                x, d = euler_sample(self.dit, x, d if motion else None, y, times, w1, w2, mode,
+                                    progress=progress)
+                videos.append((self.tae.decode(x, frames=self.config.frames),
+                               self.tae.decode(d, True, self.config.frames) if motion else None))
+        video, rgb = zip(*videos)
+        return torch.cat(video), torch.cat(rgb) if motion else None
