@@ -180,7 +180,8 @@ def collision_paths(radii, tau, rng):
     room = np.array([middle - 2 * radii[0], 1 - middle - 2 * radii[1]])  # from the contact outwards
     v = np.array([1, -1]) * room / when * rng.uniform(.7, 1, 2)
     after = np.array([(1 - e) * v[0] + (1 + e) * v[1], (1 + e) * v[0] + (1 - e) * v[1]]) / 2
-    after *= min(1, *(room / (1 - when) / np.maximum(np.abs(after), 1e-9)))  # stay in the frame
+    fits = min(1, *(room / (1 - when) / np.maximum(np.abs(after), 1e-9)))   # stay in the frame
+    v, after = v * fits, after * fits
     contact = np.array([middle - radii[0], middle + radii[1]])
     paths = []
     for i in range(2):
@@ -302,7 +303,7 @@ def sprite_clips(seeds, frames=16, size=64, rich=.5):
                 continue
             sprites = [scenes[i]["sprites"][depth] for i in chosen]
             path = torch.tensor(np.stack([s["path"] for s in sprites]), dtype=torch.float32)
-            after = torch.cat([path[:, 1:], 2 * path[:, -1:] - path[:, -2:-1]], 1)
+            after = torch.cat([path[:, 1:], path[:, -1:]], 1)
             r = torch.tensor([s["radius"] for s in sprites])[:, None, None, None]
             corner = (path[..., :2] - window / 2).round().long()                # (n, T, 2)
             cols = corner[..., 0, None, None] + torch.arange(window)            # (n, T, 1, window)
@@ -323,7 +324,7 @@ def sprite_clips(seeds, frames=16, size=64, rich=.5):
             pixels[at] = torch.cat([torch.lerp(under[..., :3], paint, cover),
                                     torch.where(cover >= .5, moved, under[..., 3:])], -1)
     video, flow = inner.permute(0, 1, 4, 2, 3).split([3, 2], 2)
-    flow = torch.cat([flow[:, :-1], flow[:, -2:-1]], 1)         # (the same length as the video)
+    flow = torch.cat([flow[:, :-1], flow[:, -2:][:, :1]], 1)    # (the last one is repeated)
     video = video.contiguous()
     return video, flow, [s["caption"] for s in scenes], scenes
 

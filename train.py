@@ -17,6 +17,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import time
 import zlib
 from pathlib import Path
@@ -35,7 +36,7 @@ STAGES = ("tae", "encode", "base", "jam", "control")
 # preset -> stage -> (steps, learning rate, batch); encode's "steps" are clips. The toy's are what
 # fits 15 minutes; the paper's fine-tuning is 50,000 x 32 (4b) and 35,000 x 256 (30b) at 5e-6
 DEFAULTS = {
-    "toy": {"tae": (600, 2e-3, 8), "encode": (8192, 0, 32), "base": (2600, 1e-3, 32),
+    "toy": {"tae": (1000, 1e-3, 4), "encode": (8192, 0, 32), "base": (2600, 1e-3, 32),
             "jam": (1000, 5e-4, 32), "control": (1000, 5e-4, 32)},
     "small": {"tae": (50_000, 3e-4, 8), "encode": (100_000, 0, 8), "base": (200_000, 2e-4, 64),
               "jam": (20_000, 5e-5, 64), "control": (20_000, 5e-5, 64)},
@@ -90,8 +91,6 @@ class Folder:
 
     def __init__(self, path, preset):
         self.preset, path = preset, Path(path)
-        if not (path / "metadata.csv").is_file():
-            raise ValueError(f"{path}: no metadata.csv (columns file_name and text) in it")
         with open(path / "metadata.csv", newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         if not rows or not {"file_name", "text"} <= set(rows[0]):
@@ -159,17 +158,14 @@ def has_compiler(device):
     return device.type != "cpu" or shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
-def write_video(path, video, fps):
-    """(T, 3, H, W) in [0, 1] -> a file, enlarged to about 256 px a side so that a person can see."""
-    scale = max(1, round(256 / video.shape[-2]))
-    frames = (video.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+def write_video(path, video, fps, scale=None):
+    """(T, 3, H, W) in [0, 1] -> .mp4 or .gif, enlarged to about 256 px so that a person can see."""
+    scale = scale or max(1, round(256 / video.shape[-2]))
+    frames = (video.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     frames = frames.repeat(scale, 1).repeat(scale, 2)
-    codec = {"loop": 0} if Path(path).suffix == ".gif" else {"plugin": "FFMPEG", "macro_block_size": 2}
-    if codec.get("loop") == 0:
-        codec["duration"] = 1000 / fps
-    else:
-        codec.update(fps=fps, output_params=["-crf", "12", "-pix_fmt", "yuv420p"])
-    write_file(path, lambda temporary: iio.imwrite(temporary, frames, **codec))
+    options = {"duration": 1000 / fps, "loop": 0} if Path(path).suffix == ".gif" else \
+        {"plugin": "FFMPEG", "fps": fps, "macro_block_size": 2, "output_params": ["-crf", "12"]}
+    write_file(path, lambda temporary: iio.imwrite(temporary, frames, **options))
 
 
 def grid(*videos):
@@ -192,6 +188,8 @@ class Run:
                        if before.get(k) != v]
             if changed:
                 raise ValueError(f"{self.out} was begun with {'; '.join(changed)}: take another --out")
+        if args.data and not (Path(args.data) / "metadata.csv").is_file():
+            raise ValueError(f"{args.data}: no metadata.csv (columns file_name and text) in it")
         try:
             (self.out / "previews").mkdir(parents=True, exist_ok=True)
             write_file(path, lambda temporary: temporary.write_text(json.dumps(settings, indent=1)))
@@ -222,6 +220,9 @@ class Run:
         state = self.checkpoint(stage)
         if state is None:
             raise ValueError(f"{self.out}: has no {stage} yet, run --stage {stage} first")
+        if state["step"] < state["of"]:
+            raise ValueError(f"{self.out}: {stage} stopped at step {state['step']} of {state['of']}, "
+                             f"finish it first with --stage {stage}")
         module.load_state_dict(state["ema"])
         return module.to(self.device).eval(), state["step"]
 
@@ -242,10 +243,11 @@ class Run:
             write_file(path, lambda temporary: temporary.write_text(text))
 
     def export(self):
-        """model.pt: the TAE and every DiT that there is by now, VideoJAM's first."""
+        """model.pt: the TAE and every DiT that is trained by now."""
         dits = {}
         for stage in ("jam", "base", "control"):
-            if self.checkpoint(stage):
+            state = self.checkpoint(stage)
+            if state and state["step"] == state["of"]:
                 dits[stage], _ = self.finished(stage, self.new_dit(motion=stage == "jam"))
         if dits:
             which = next(iter(dits))
@@ -257,6 +259,13 @@ class Run:
 
 
 # ---------------------------------------------------------------- one loop for every stage
+
+
+def average(values):
+    """The mean of numbers, or of rows of them by column; NaNs do not count, null stands for none."""
+    columns = np.array(values, float).reshape(len(values), -1).T
+    means = [round(float(c[~np.isnan(c)].mean()), 5) if (~np.isnan(c)).any() else None for c in columns]
+    return means if isinstance(values[0], list) else means[0]
 
 
 def optimize(run, stage, model, loss_of, preview, finish=lambda ema: None, origin=None):
@@ -272,7 +281,7 @@ def optimize(run, stage, model, loss_of, preview, finish=lambda ema: None, origi
           f"{'compiled' if run.args.compile else 'not compiled'}")
     model.to(run.device).train()
     ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(.9, .95), weight_decay=0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(.9, .99), weight_decay=0, fused=True)
     step, state = 0, run.checkpoint(stage)
     settings = {"lr": lr, "batch": batch, "origin": origin}
     if state:
@@ -284,12 +293,12 @@ def optimize(run, stage, model, loss_of, preview, finish=lambda ema: None, origi
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
-        run.forget_after(stage, step)
+    run.forget_after(stage, step)
     if step >= steps:
         return print(f"{stage}: {step} steps are done already")
 
     def save():
-        content = {"kind": "checkpoint", "stage": stage, "step": step, **settings,
+        content = {"kind": "checkpoint", "stage": stage, "step": step, "of": steps, **settings,
                    "model": model.state_dict(), "ema": ema.state_dict(),
                    "optimizer": optimizer.state_dict()}
         write_file(run.out / f"{stage}.pt", lambda temporary: torch.save(content, temporary))
@@ -299,6 +308,8 @@ def optimize(run, stage, model, loss_of, preview, finish=lambda ema: None, origi
         block.compile()
     saved, recent, every = time.time(), [], max(1, min(50, steps // 10))
     bar = tqdm(total=steps, initial=step, desc=stage, smoothing=.05)
+    stopped = []                                            # Ctrl-C waits for the end of the step
+    handler = signal.signal(signal.SIGINT, lambda *_: stopped.append(True))
     try:
         while step < steps:
             for group in optimizer.param_groups:
@@ -316,8 +327,7 @@ def optimize(run, stage, model, loss_of, preview, finish=lambda ema: None, origi
             recent.append(report)
             bar.update()
             if step % every == 0 or step == steps:
-                row = {k: np.nanmean([np.array(r[k], float) for r in recent], 0).round(5).tolist()
-                       for k in recent[0]}
+                row = {k: average([r[k] for r in recent]) for k in recent[0]}
                 run.log(stage=stage, step=step, lr=group["lr"], **row)
                 bar.set_postfix({k: v for k, v in row.items() if not isinstance(v, list)})
                 recent = []
@@ -325,14 +335,13 @@ def optimize(run, stage, model, loss_of, preview, finish=lambda ema: None, origi
                 finish(ema)
             if step == steps or step % max(1, steps // 5) == 0:
                 preview(ema, step)
-            if step == steps or time.time() - saved > CHECKPOINT_SECONDS:
+            if step == steps or stopped or time.time() - saved > CHECKPOINT_SECONDS:
                 save()
                 saved = time.time()
-    except KeyboardInterrupt:
-        save()
-        raise ValueError(f"stopped at step {step} of {stage}: the same command goes on from there") \
-            from None
+            if stopped:
+                raise ValueError(f"stopped at step {step} of {stage}: the same command goes on there")
     finally:
+        signal.signal(signal.SIGINT, handler)
         bar.close()
 
 
@@ -484,8 +493,10 @@ def parse():
     if args.data:
         args.data = str(Path(args.data).resolve())
     args.out = args.out or f"runs/{Path(args.data).name if args.data else args.preset}"
-    if args.compile is None:
-        args.compile = has_compiler(torch.device(args.device))
+    try:
+        args.compile = has_compiler(torch.device(args.device)) if args.compile is None else args.compile
+    except RuntimeError:
+        raise ValueError(f"--device {args.device}: no such device, take cpu or cuda") from None
     return args
 
 

@@ -1,0 +1,107 @@
+"""Prompt in, video out.
+
+    python sample.py "a red square moves left"
+    python sample.py "a blue star spins clockwise" --motion --out star.gif
+    python sample.py --prompts prompts.txt --n 4 --out samples.mp4 --run runs/toy
+
+One file a sample, numbered where there are several. With --compare, the base model (classifier-free
+guidance) stands on the left and VideoJAM on the right, from the same noise.
+"""
+import argparse
+import os
+import re
+import time
+from pathlib import Path
+
+from flow import ROOT, report_errors
+from train import grid, write_video
+from videojam import GUIDANCE, VideoJAM
+
+
+def parse():
+    parser = argparse.ArgumentParser(description="Samples videos (and their motion) from prompts.")
+    parser.add_argument("prompt", nargs="*", help="what the video shows; several make several videos")
+    parser.add_argument("--prompts", metavar="FILE", help="a text file of prompts, one a line")
+    parser.add_argument("--run", help="folder of a training run; default: the shipped weights")
+    parser.add_argument("--which", default="jam", choices=("jam", "base", "control"),
+                        help="VideoJAM, its base model, or the base fine-tuned without motion")
+    parser.add_argument("--out", help="file to write, .mp4 or .gif (default: outputs/PROMPT.mp4)")
+    parser.add_argument("--n", type=int, default=1, help="samples of each prompt")
+    parser.add_argument("--seed", type=int, default=0, help="of the first sample's noise")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--w1", type=float, default=5, help="text guidance (default %(default)s)")
+    parser.add_argument("--w2", type=float, default=3, help="motion guidance (default %(default)s)")
+    parser.add_argument("--guidance", choices=GUIDANCE,
+                        help="default: inner (Eq. 8), or cfg for a model without motion")
+    parser.add_argument("--motion", action="store_true", help="the predicted motion beside the video")
+    parser.add_argument("--compare", action="store_true", help="base model beside VideoJAM")
+    parser.add_argument("--upscale", type=int, help="factor of enlargement (default: to about 256 px)")
+    parser.add_argument("--device", default="cpu")
+    return parser.parse_args()
+
+
+def read_prompts(args):
+    prompts = list(args.prompt)
+    if args.prompts:
+        try:
+            lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"cannot read {args.prompts}: {getattr(error, 'strerror', 'not UTF-8')}")
+        prompts += [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError('no prompt: try "a red square moves left"')
+    return prompts
+
+
+def output_files(args, prompts):
+    """A path for each sample, in folders that can be written."""
+    if args.out:
+        first = Path(args.out)
+    else:
+        name = re.sub(r"[^\w]+", "-", prompts[0]).strip("-")[:60] or "video"
+        first = Path("outputs") / f"{name}.mp4"
+        if not first.parent.exists():
+            first.parent.mkdir()
+    if first.suffix not in (".mp4", ".gif"):
+        raise ValueError(f"--out {first}: the name must end in .mp4 or .gif")
+    if not first.parent.is_dir() or not os.access(first.parent, os.W_OK):
+        raise ValueError(f"--out {first}: {first.parent} is not a folder that can be written")
+    count = len(prompts) * args.n
+    if count == 1:
+        return [first]
+    return [first.with_stem(f"{first.stem}-{i:0{len(str(count - 1))}d}") for i in range(count)]
+
+
+def main():
+    args = parse()
+    for name in ("n", "steps", "upscale"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be positive, got {getattr(args, name)}")
+    prompts = read_prompts(args)
+    files = output_files(args, prompts)
+    weights = Path(args.run) / "model.pt" if args.run else ROOT / "weights/toy.pt"
+    model = VideoJAM.load(weights, args.which, args.device)
+    base = VideoJAM.load(weights, "base", args.device) if args.compare else None
+    if args.motion and not model.dit.config.motion:
+        raise ValueError(f"--motion: the {args.which} model predicts no motion")
+    for prompt in prompts:
+        size, most = len(prompt.encode()), model.config.dit.max_bytes
+        if size > most:
+            cut = prompt.encode()[:most].decode(errors="ignore")
+            print(f"a prompt has {size} bytes, the model takes {most}: cut to {cut!r}")
+    start, prompts = time.time(), [prompt for prompt in prompts for _ in range(args.n)]
+    options = dict(steps=args.steps, w1=args.w1, w2=args.w2, seed=args.seed)
+    video, motion = model.generate(prompts, mode=args.guidance, progress=args.which, **options)
+    shown = [video, motion] if args.motion else [video]
+    if args.compare:
+        shown.insert(0, base.generate(prompts, progress="base", **options)[0])
+    for i, (path, prompt) in enumerate(zip(files, prompts)):
+        columns = grid(*(part[i:i + 1].transpose(-1, -2) for part in shown)).transpose(-1, -2)
+        write_video(path, columns, model.config.fps, args.upscale)
+        print(f"{path}: {prompt!r}")
+    what = (["base"] if args.compare else []) + [args.which] + (["its motion"] if args.motion else [])
+    print(f"{len(files)} of {' | '.join(what)} in {time.time() - start:.1f} s")
+
+
+if __name__ == "__main__":
+    report_errors(main)

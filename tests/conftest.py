@@ -1,0 +1,90 @@
+"""What the tests share: a tiny model, and scripts run without a process of their own."""
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)            # tiny tensors: more threads only wait for each other
+
+from flow import report_errors                                                      # noqa: E402
+from videojam import TAE, DiT, DiTConfig, Preset, TAEConfig, VideoJAM               # noqa: E402
+
+# 5 frames of 16 px -> latents (4, 3, 4, 4): the last latent frame covers one spurious video frame
+TINY = Preset(5, 16, 8, TAEConfig(4, 2, (8, 8), ((2, 2),), 1),
+              DiTConfig(4, 2, 24, 2, 2, 32, 64, 1, max_bytes=24))
+
+
+def randomised(module, seed=0, std=.3):
+    """Much of a model starts at zero, where a mistake is invisible: every parameter gets noise."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+    return module
+
+
+def tiny_dit(motion=True, seed=0):
+    dit = DiT(TINY.dit)
+    return randomised(dit.add_motion() if motion else dit, seed).eval()
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory):
+    """A run folder whose model.pt holds all three models of the tiny preset, untrained."""
+    folder = tmp_path_factory.mktemp("run")
+    jam = VideoJAM(TINY, randomised(TAE(TINY.tae)), tiny_dit())
+    jam.save(folder / "model.pt", base=tiny_dit(False, 1), control=tiny_dit(False, 2))
+    return folder
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run(main, "--flag", value) -> exit code, stdout, stderr of a script, in this process."""
+    def call(main, *argv):
+        monkeypatch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, argv)])
+        capsys.readouterr()
+        try:
+            report_errors(main)
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+    return call
+
+
+@pytest.fixture
+def refuses(run):
+    """refuses(main, "--flag", value): exit code 2, one line on stderr, which is returned."""
+    def call(main, *argv):
+        code, _, err = run(main, *argv)
+        lines = [line for line in err.splitlines() if line.startswith(main.__module__)]
+        assert code == 2 and len(lines) == 1 and "Traceback" not in err, err
+        return lines[0]
+    return call
+
+
+class RunsCode:
+    """Unpickling this makes a folder: the sign that a weights file could run code."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def bad_weights(folder, good):
+    """{name: path} of files that are not weights; `good` is a file of weights to truncate."""
+    data = Path(good).read_bytes()
+    (folder / "truncated").write_bytes(data[:len(data) // 2])
+    (folder / "empty").write_bytes(b"")
+    (folder / "text").write_bytes(b"hello world")
+    torch.save({"kind": "something", "a": torch.zeros(2)}, folder / "foreign")
+    torch.save([1, 2], folder / "list")
+    torch.save({"kind": "videojam", "config": RunsCode(folder / "ran")}, folder / "malicious")
+    return [folder / name for name in ("missing", "truncated", "empty", "text", "foreign", "list",
+                                       "malicious")]

@@ -1,0 +1,365 @@
+"""pytest tests/test_flow.py"""
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, bad_weights
+
+import flow as script
+from flow import (COLOURS, DIRECTIONS, HELD_OUT, MOTIONS, RAFT, SHAPES, correlation_pyramid,
+                  estimate_flow, flow_scenes, flow_to_rgb, is_held_out, look_up, rgb_to_flow,
+                  sprite_clip, sprite_clips, sprite_scene, write_file)
+
+# ---------------------------------------------------------------- Eq. 5
+
+
+def uniform_flow(u, v, H=30, W=40):
+    return torch.tensor([u, v], dtype=torch.float64).view(2, 1, 1).expand(2, H, W)
+
+
+@pytest.mark.parametrize("u, v, rgb", [
+    (0, 0, (1, 1, 1)),                                  # still is white
+    (7.5, 0, (1, 0, 0)), (15, 0, (1, 0, 0)),            # right: red; m = 1 from .15 * 50 px on
+    (3.75, 0, (1, .5, .5)),                             # half the speed, half the saturation
+    (-7.5, 0, (0, 1, 1)),                               # left: the opposite colour
+    (7.5 * .5, 7.5 * math.sqrt(.75), (1, 1, 0)),        # 60 degrees clockwise, y being down: yellow
+    (7.5 * .5, -7.5 * math.sqrt(.75), (1, 0, 1)),       # 60 degrees the other way: magenta
+    (0, 7.5, (.5, 1, 0)), (0, -7.5, (.5, 0, 1)),        # down and up
+])
+def test_eq5_gives_the_colours_that_a_person_can_check_by_eye(u, v, rgb):
+    colour = flow_to_rgb(uniform_flow(u, v))
+    torch.testing.assert_close(colour[:, 3, 5], torch.tensor(rgb, dtype=torch.float64))
+    assert colour.shape == (3, 30, 40)
+
+
+def test_eq5_saturates_at_m_1_that_grows_with_height_and_width():
+    for H, W, sigma in ((30, 40, .15), (60, 80, .15), (5, 12, .15), (12, 5, .3)):
+        limit = sigma * math.sqrt(H * H + W * W)
+        for factor in (.25, .999, 1, 3):
+            low = flow_to_rgb(uniform_flow(limit * factor, 0, H, W), sigma)[1, 0, 0]
+            assert low == pytest.approx(1 - min(1, factor))         # green and blue fall as m rises
+
+
+def test_eq5_round_trip_below_saturation_in_any_batch_shape():
+    generator = torch.Generator().manual_seed(0)
+    flow = torch.randn(2, 3, 2, 24, 32, generator=generator) * 2
+    limit = .15 * 40
+    keep = (flow.norm(dim=2) < limit)[:, :, None].expand_as(flow)
+    assert keep.float().mean() > .9
+    back = rgb_to_flow(flow_to_rgb(flow))
+    torch.testing.assert_close(back[keep], flow[keep], atol=1e-4, rtol=1e-4)
+    # beyond it the angle stays and the norm is the limit
+    wide = back[~keep].view(-1).new_tensor(0) + back.norm(dim=2)[~keep[:, :, 0]]
+    torch.testing.assert_close(wide, torch.full_like(wide, limit), atol=1e-4, rtol=1e-4)
+
+
+# ---------------------------------------------------------------- the sprite world
+
+
+def seeds_of(kind, count, start=0, rich=0.):
+    """The first seeds from `start` on whose front sprite moves as `kind` says."""
+    return [seed for seed in range(start, start + 400)
+            if sprite_scene(seed, 2, rich)["sprites"][0]["kind"] == kind][:count]
+
+
+def paths_of(kind, count=8, T=2001):
+    """Finely sampled scenes of a kind: scene, path (T, 3) of each sprite in px, frame duration."""
+    for seed in seeds_of(kind, count):
+        scene = sprite_clip(seed, T, 4, rich=0.)[3]
+        yield scene, [sprite["path"] for sprite in scene["sprites"]], 1 / (T - 1)
+
+
+@pytest.mark.parametrize("kind", MOTIONS)
+def test_flow_takes_each_pixel_of_a_sprite_to_where_the_next_frame_shows_it(kind):
+    H, moving, still = 64, [], []
+    seeds = seeds_of(kind, 4) + seeds_of(kind, 4, rich=1.)
+    y, x = torch.meshgrid(torch.arange(H), torch.arange(H), indexing="ij")
+    for seed, rich in zip(seeds, [0.] * 4 + [1.] * 4):
+        video, flow, _, scene = sprite_clip(seed, 16, H, rich)
+        assert torch.equal(flow[-1], flow[-2])                          # the last one is repeated
+        flow, now, after = flow[:-1], video[:-1], video[1:]
+        # warp the next frame back by the flow
+        grid = (torch.stack([x, y]) + flow + .5) * 2 / H - 1
+        warped = F.grid_sample(after, grid.permute(0, 2, 3, 1), align_corners=False)
+        error, moves = (warped - now).abs().amax(1), flow.norm(dim=1) > 0
+        # no occlusions: pixels of the front sprite's colour, and background that nothing reaches
+        colour = torch.tensor(COLOURS[scene["sprites"][0]["colour"]])[:, None, None]
+        moving.append(error[moves & ((now - colour).abs().amax(1) < .3)])
+        still.append(error[~moves & (now.amin(1) > .6) & (after.amin(1) > .6)])
+    moving, still = torch.cat(moving), torch.cat(still)
+    assert len(moving) > 5000 and len(still) > 5 * len(moving)
+    assert moving.mean() < .035 and (moving > .5).float().mean() < 2e-3     # sub-pixel blur remains
+    assert still.mean() < .004
+
+
+def test_flow_of_a_spinning_sprite_is_its_rotation_pixel_by_pixel():
+    for seed in seeds_of("spin", 3):
+        _, flow, _, scene = sprite_clip(seed, 12, 32, rich=0.)
+        (cx, cy, angle), (_, _, after) = scene["sprites"][0]["path"][4:6]
+        for row, col in flow[4].norm(dim=0).nonzero().tolist():
+            arm = complex(col + .5 - cx, row + .5 - cy)
+            moved = arm * np.exp(1j * (after - angle)) - arm
+            u, v = flow[4, :, row, col].tolist()
+            assert abs(complex(u, v) - moved) < 1e-3
+
+
+@pytest.mark.parametrize("kind", ("move", "zigzag", "spin", "orbit"))
+def test_captions_name_the_direction_that_one_sees(kind):
+    for seed in seeds_of(kind, 12):
+        _, flow, caption, scene = sprite_clip(seed, 16, 48, rich=0.)
+        path, (u, v) = scene["sprites"][0]["path"], flow[:-1].transpose(0, 1)
+        word = next(w for w in (*DIRECTIONS, "clockwise", "counterclockwise") if f" {w}" in caption)
+        if word in DIRECTIONS:
+            (x, y), dx, dy = DIRECTIONS[word], u.sum(), v.sum()
+            assert x * dx + y * dy > 5 * abs(y * dx + x * dy)
+        else:           # clockwise on screen: what is right of the centre moves down
+            arm = torch.arange(48) + .5 - (path[:, 0].max() + path[:, 0].min()) / 2
+            assert ((arm * v).sum() > 0) == (word == "clockwise"), caption
+
+
+@pytest.mark.parametrize("kind, column", [("move", slice(0, 2)), ("spin", slice(2, 3))])
+def test_captions_that_name_a_speed_mean_it(kind, column):
+    speeds = {"slowly": [], "": [], "quickly": []}
+    for scene in (sprite_scene(seed, 2, 0.) for seed in seeds_of(kind, 60)):
+        word = scene["caption"].split()[-1]
+        path = scene["sprites"][0]["path"][:, column]
+        speeds[word if word in speeds else ""].append(np.abs(path[1] - path[0]).sum())
+    assert max(speeds["slowly"]) < min(speeds[""]) < max(speeds[""]) < min(speeds["quickly"])
+
+
+def test_what_falls_follows_parabolas_and_loses_energy_at_each_bounce():
+    for scene, (path,), dt in paths_of("fall"):
+        y, physics = path[:, 1], scene["sprites"][0]["physics"]
+        acceleration = np.diff(y, 2) / dt ** 2
+        gravity = acceleration[0]
+        assert gravity > 0 and np.ptp(path[:, 0]) == 0                  # down, and down only
+        bounces = np.flatnonzero(np.abs(acceleration - gravity) > 1e-3 * gravity)
+        flights = [f for f in np.split(np.arange(1, len(y) - 1), bounces) if len(f) > 20]
+        assert len(flights) >= 2
+        energies = []
+        for flight in flights:
+            k = flight[3:-3]
+            energy = ((y[k + 1] - y[k - 1]) / 2 / dt) ** 2 / 2 - gravity * (y[k] - y.max())
+            assert np.ptp(energy) < 1e-2 * energy.max()                 # kept in flight
+            energies.append(energy.mean())
+        ratio = np.array(energies[1:]) / energies[:-1]
+        np.testing.assert_allclose(ratio, physics["restitution"] ** 2, atol=.01)
+        # the floor is the frame's edge
+        assert y.max() == pytest.approx(4 - scene["sprites"][0]["radius"], abs=.02)
+
+
+def test_collisions_conserve_momentum_and_do_not_gain_energy():
+    for scene, paths, dt in paths_of("collide", 20):
+        v = np.diff(np.stack(paths)[..., 0]) / dt                       # (2, T - 1), equal masses
+        before, after = v[:, 0], v[:, -1]
+        assert before[0] > 0 > before[1] and after[0] < after[1]        # they meet, then part
+        assert after.sum() == pytest.approx(before.sum(), abs=1e-6)
+        assert (after ** 2).sum() <= (before ** 2).sum() + 1e-6
+        gap = np.abs(paths[0][:, 0] - paths[1][:, 0]).min()             # when they touch
+        assert gap == pytest.approx(sum(s["radius"] for s in scene["sprites"]), abs=.02)
+
+
+def test_every_sprite_stays_in_the_frame():
+    for seed in range(300):
+        for sprite in sprite_scene(seed, 100, .5)["sprites"]:
+            xy, r = sprite["path"][:, :2], sprite["radius"]
+            assert xy.min() > r - 1e-9 and xy.max() < 1 - r + 1e-9
+
+
+def test_training_never_shows_the_held_out_combinations_and_evaluation_does():
+    train = [sprite_scene(seed, 2, .5) for seed in range(2000)]
+    test = [sprite_scene(seed, 2, .5) for seed in range(HELD_OUT, HELD_OUT + 500)]
+
+    def combinations(scenes):
+        return {(s["shape"], s["colour"], s["kind"]) for c in scenes for s in c["sprites"]}
+
+    excluded = {c for c in combinations(train + test) if is_held_out(*c)}
+    assert not combinations(train) & excluded and len(excluded) > 10
+    assert combinations(test) & excluded
+    assert not any(c["held_out"] for c in train) and any(c["held_out"] for c in test)
+    # each word of an excluded combination was seen in others; every kind, shape, colour is trained
+    for part, words in enumerate((SHAPES, COLOURS, MOTIONS)):
+        assert {c[part] for c in combinations(train)} == set(words)
+    assert not {c["caption"] + str(c["background"]) for c in train} & \
+        {c["caption"] + str(c["background"]) for c in test}
+
+
+def test_a_seed_is_the_same_clip_in_any_batch_and_the_same_scene_at_any_size():
+    video, flow, captions, _ = sprite_clips([11, 3, 7], 6, 32)
+    for i, seed in enumerate([11, 3, 7]):
+        alone = sprite_clip(seed, 6, 32)
+        assert torch.equal(alone[0], video[i]) and torch.equal(alone[1], flow[i])
+        assert alone[2] == captions[i]
+    small, large = (sprite_clip(5, 6, size)[3]["sprites"][0]["path"] for size in (32, 64))
+    np.testing.assert_allclose(large[:, :2], 2 * small[:, :2])
+    assert 0 <= video.min() and video.max() <= 1 and len(set(captions)) == 3
+
+
+def test_the_first_named_sprite_is_in_front_and_captions_tell_everything():
+    for seed in range(40):
+        video, _, caption, scene = sprite_clip(seed, 8, 48, rich=1.)
+        for sprite in scene["sprites"]:
+            assert f"a {sprite['colour']} {sprite['shape']}" in caption
+        x, y, _ = scene["sprites"][0]["path"][3]
+        shown = video[3, :, int(y), int(x)].tolist()
+        assert shown == pytest.approx(COLOURS[scene["sprites"][0]["colour"]], abs=1e-4)
+        assert scene["background"]["kind"] in caption
+
+
+# ---------------------------------------------------------------- RAFT
+
+
+@pytest.fixture(scope="module")
+def raft():
+    torch.manual_seed(0)
+    return RAFT().eval().requires_grad_(False)
+
+
+def test_raft_is_the_small_model_of_990162_parameters(raft):
+    assert sum(p.numel() for p in raft.parameters()) == 990_162
+
+
+def test_look_up_equals_a_loop_over_the_window_of_every_level():
+    torch.manual_seed(0)
+    h, w, (f1, f2) = 16, 20, torch.randn(2, 1, 32, 16, 20)
+    coords = torch.rand(1, 2, h, w) * 30 - 5                            # some lie outside
+    out = look_up(correlation_pyramid(f1, f2), coords)
+    assert out.shape == (1, 4 * 49, h, w)
+    for y, x in ((0, 0), (7, 3), (15, 19)):
+        corr = (f1[0, :, y, x] @ f2[0].flatten(1)).view(1, 1, h, w) / math.sqrt(32)
+        for level in range(4):
+            for i, dx in enumerate(range(-3, 4)):
+                for j, dy in enumerate(range(-3, 4)):
+                    px = coords[0, 0, y, x].item() / 2 ** level + dx
+                    py = coords[0, 1, y, x].item() / 2 ** level + dy
+                    value = sum(corr[0, 0, b, a].item() * (1 - abs(px - a)) * (1 - abs(py - b))
+                                for a in (math.floor(px), math.floor(px) + 1)
+                                for b in (math.floor(py), math.floor(py) + 1)
+                                if 0 <= a < corr.shape[3] and 0 <= b < corr.shape[2])
+                    assert out[0, level * 49 + i * 7 + j, y, x] == pytest.approx(value, abs=1e-4)
+            corr = F.avg_pool2d(corr, 2)
+
+
+@pytest.mark.parametrize("H, W", [(1, 1), (5, 9), (33, 200), (300, 260)])
+def test_raft_takes_frames_of_any_size(raft, H, W):
+    flows = raft(torch.rand(1, 3, H, W), torch.rand(1, 3, H, W), iters=2)
+    assert [flow.shape for flow in flows] == [(1, 2, H, W)] * 2
+    assert flows[-1].isfinite().all()
+
+
+@pytest.mark.parametrize("H, W, scale", [
+    (64, 64, 2), (64, 100, 2), (150, 257, 256 / 150), (300, 260, 1)])
+def test_raft_flow_is_in_px_of_the_frame_although_small_ones_are_enlarged(raft, H, W, scale):
+    """One cell is 8 px of the frame that the network sees."""
+    (h, w), (left, right, top, bottom) = RAFT.layout(H, W)
+    assert (h, w) == (round(H * scale), round(W * scale))
+    cells = torch.ones(1, 2, (h + top + bottom) // 8, (w + left + right) // 8)
+    flow = raft.restore(cells, H, W)
+    assert flow.shape == (1, 2, H, W)
+    torch.testing.assert_close(flow[0, 0], torch.full((H, W), 8 * W / w))
+    torch.testing.assert_close(flow[0, 1], torch.full((H, W), 8 * H / h))
+
+
+@pytest.mark.parametrize("B, T, side", [(2, 4, 64), (1, 7, 400)])      # 400 px: 5 pairs in a chunk
+def test_estimate_flow_equals_raft_on_each_pair_and_repeats_the_last(raft, B, T, side):
+    video = torch.rand(B, T, 3, side, side)
+    flow = estimate_flow(raft, video, iters=1)
+    assert torch.equal(flow[:, -1], flow[:, -2]) and flow.shape == (B, T, 2, side, side)
+    for k in (0, T - 3, T - 2):
+        pair = raft(video[:, k], video[:, k + 1], iters=1)[-1]
+        torch.testing.assert_close(flow[:, k], pair, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("video, complaint", [
+    (torch.rand(3, 3, 32, 32), "(B, T, 3, H, W)"),
+    (torch.rand(1, 3, 4, 32, 32), "(B, T, 3, H, W)"),
+    (torch.rand(1, 1, 3, 32, 32), "two frames"),
+    (torch.rand(1, 2, 3, 32, 32) / 0, "NaN or infinite"),
+])
+def test_estimate_flow_refuses_what_is_not_a_video(raft, video, complaint):
+    with pytest.raises(ValueError) as error:
+        estimate_flow(raft, video)
+    assert complaint in str(error.value)
+
+
+def test_raft_weights_come_back_from_half_precision_and_anything_else_is_refused(raft, tmp_path):
+    half = {key: value.half() for key, value in raft.state_dict().items()}
+    torch.save(half, tmp_path / "good")
+    loaded = RAFT.load(tmp_path / "good")
+    for key, value in loaded.state_dict().items():
+        assert value.dtype == torch.float32 and torch.equal(value, half[key].float())
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+    key = next(iter(half))
+    others = {"extra": {**half, "extra": half[key]}, "lacking": {**half, key: None},
+              "shape": {**half, key: half[key][:1]}}
+    for name, content in others.items():
+        torch.save(content, tmp_path / name)
+    for path in [*bad_weights(tmp_path, tmp_path / "good"), *(tmp_path / name for name in others)]:
+        with pytest.raises(ValueError) as error:
+            RAFT.load(path)
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "ran").exists()                              # no code of the file ran
+
+
+@pytest.mark.skipif(not (ROOT / "weights/raft.pt").exists(), reason="no weights/raft.pt yet")
+def test_shipped_raft_is_right_on_sprites_to_a_fifth_of_a_pixel():
+    video, flow, _, _ = sprite_clips(range(HELD_OUT + 100, HELD_OUT + 108))
+    error = (estimate_flow(RAFT.load(), video) - flow).norm(dim=2)
+    assert error[flow.norm(dim=2) > .05].median() < .2
+
+
+def test_training_scenes_have_exact_flow():
+    """The front layer's pixels are found again at their target, but for occlusions."""
+    first, second, flow = flow_scenes(16, 96, seed=1)
+    y, x = torch.meshgrid(torch.arange(96), torch.arange(96), indexing="ij")
+
+    def error(motion):
+        grid = (torch.stack([x, y]) + motion + .5) * 2 / 96 - 1
+        warped = F.grid_sample(second, grid.permute(0, 2, 3, 1), align_corners=False)
+        return (warped - first).abs().mean(1)[inside.expand(16, 96, 96)]
+
+    inside = ((x > 12) & (x < 84) & (y > 12) & (y < 84))
+    right, *wrong = (error(m).quantile(.7) for m in (flow, 0 * flow, -flow, flow.flip(1)))
+    assert right < .06 and min(wrong) > 1.5 * right
+
+
+def test_interrupted_raft_training_ends_as_the_uninterrupted_to_the_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "validate", lambda raft, out: {})
+    pairs, options = script.training_pairs, dict(steps=3, batch=2, size=128, iters=1, every=1)
+
+    def interrupted(step, *rest):
+        if step == 2:
+            raise KeyboardInterrupt
+        return pairs(step, *rest)
+
+    script.train_raft(tmp_path / "whole", **options)
+    monkeypatch.setattr(script, "training_pairs", interrupted)
+    with pytest.raises((KeyboardInterrupt, ValueError)):
+        script.train_raft(tmp_path / "parts", **options)
+    monkeypatch.setattr(script, "training_pairs", pairs)
+    script.train_raft(tmp_path / "parts", **options)
+    whole, parts = (torch.load(tmp_path / name / "raft.pt") for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[k], parts[k]) for k in whole)
+
+
+# ---------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("error, raised", [(OSError("disk full"), ValueError),
+                                           (KeyboardInterrupt(), KeyboardInterrupt)])
+def test_write_file_leaves_the_old_file_or_the_new_one_and_nothing_else(tmp_path, error, raised):
+    def breaks(path):
+        path.write_text("half")
+        raise error
+
+    path = tmp_path / "file.txt"
+    write_file(path, lambda temporary: temporary.write_text("old"))
+    with pytest.raises(raised):
+        write_file(path, breaks)
+    with pytest.raises(raised):
+        write_file(tmp_path / "never.txt", breaks)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(ValueError, match="no such folder"):
+        write_file(tmp_path / "nowhere" / "file.txt", breaks)
