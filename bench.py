@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
+import torch.nn.functional as F
 
 from flow import (COLOURS, DIRECTIONS, HELD_OUT, ROOT, SHAPES, TRAVEL, TURNS, bouncing, flow_to_rgb,
                   report_errors, signed_distance, sprite_clips)
@@ -50,23 +50,34 @@ def track(video, colour, shape):
     grid = torch.arange(S) + .5
     total = area.clamp(min=1e-6)
     x, y = (alpha.sum(1) * grid).sum(1) / total, (alpha.sum(2) * grid).sum(1) / total
+
     # shape and angle: the template that is nearest, at the tracked centre and of the same area
-    dx = (grid - x[:, None])[:, None, None, :]                          # (T, 1, 1, S)
-    dy = (grid - y[:, None])[:, None, :, None]
-    turns, error, angle = 24, {}, torch.zeros(T)
-    for name in SHAPES:
-        unit = cover_of(name, *torch.meshgrid(*[torch.arange(-20, 21.)] * 2, indexing="xy"), 15.)
-        r = (area / unit.sum()).sqrt()[:, None, None, None] * 15
+    half = int(.22 * S)
+    window = torch.arange(-half, half + 1)
+    cols, rows = x.long()[:, None] + window, y.long()[:, None] + window             # (T, window)
+    seen = torch.stack([F.pad(a, [half + 1] * 4)[r + half + 1][:, c + half + 1]
+                        for a, r, c in zip(alpha, rows, cols)])
+    dx, dy = cols + .5 - x[:, None], rows + .5 - y[:, None]
+
+    def nearest(name, frames, turns):
+        """The least error over angles of a shape, and the angle, in each of some frames."""
+        unit = cover_of(name, *torch.meshgrid(*[torch.arange(-20, 21.)] * 2, indexing="xy"),
+                        torch.tensor(15.)).sum()
+        r = 15 * (area[frames] / unit).sqrt()[:, None, None, None]
         theta = torch.arange(turns) / turns * PERIOD[name]
         cos, sin = theta.cos()[:, None, None], theta.sin()[:, None, None]
-        template = cover_of(name, cos * dx + sin * dy, cos * dy - sin * dx, r)      # (T, turns, S, S)
-        errors = (template - alpha[:, None]).square().mean((2, 3))
-        error[name] = errors.amin(1).sum().item()
-        if name == shape:
-            angle = theta[errors.argmin(1)]
+        p, q = dx[frames][:, None, None, :], dy[frames][:, None, :, None]
+        template = cover_of(name, cos * p + sin * q, cos * q - sin * p, r)  # (n, turns, window, window)
+        errors = (template - seen[frames, None]).square().mean((2, 3))
+        return errors.amin(1), theta[errors.argmin(1)]
+
+    some = torch.arange(0, T, 4)
+    errors = {name: nearest(name, some, 12)[0].sum().item() for name in SHAPES}
+    angle = nearest(shape, torch.arange(T), 24)[1].double().numpy()
     if PERIOD[shape]:                                   # the shortest way from frame to frame
-        angle = torch.from_numpy(np.unwrap(angle.numpy(), period=PERIOD[shape]))
-    return there, min(error, key=error.get), torch.stack([x, y, angle], 1).numpy()
+        angle = np.unwrap(angle, period=PERIOD[shape])
+    path = np.stack([x.double().numpy(), y.double().numpy(), angle], 1)
+    return there, min(errors, key=errors.get), path
 
 
 # ---------------------------------------------------------------- fitting the named motion
@@ -134,7 +145,7 @@ def fit_motion(kind, phrase, path, size, radius=.145):
         family = [(f, e) for f in np.linspace(.25, .5, 26) for e in np.linspace(.5, .9, 9)]
         rms, c, best = least_squares(np.concatenate(
             [planar((zero, bouncing(tau, 0, 1, f, e))) for f, e in family]), both)
-        good = in_range(c[3], 1 - .4 - .17, 1 - 2 * .12)
+        good = in_range(c[2], 1 - .4 - .17, 1 - 2 * .12)
     return rms * size, bool(good and rms < .025)
 
 

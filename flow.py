@@ -130,11 +130,11 @@ def bouncing(tau, y0, floor, fall_time, restitution):
     gravity = 2 * (floor - y0) / fall_time ** 2
     start, speed = fall_time, gravity * fall_time * restitution
     y = y0 + gravity * tau ** 2 / 2
-    while start < 1:
+    while start < 1 and speed > 1e-3:           # infinitely many bounces end in finite time: at rest
         t = tau - start
         y = np.where(t > 0, floor - speed * t + gravity * t ** 2 / 2, y)
         start, speed = start + 2 * speed / gravity, speed * restitution
-    return y
+    return np.minimum(y, floor)
 
 
 def motion_path(kind, phrase, speed, radius, tau, rng):

@@ -269,8 +269,9 @@ def average(values):
 
 
 def optimize(run, stage, model, loss_of, preview, finish=lambda ema: None, origin=None):
-    """Trains `model` for a stage's steps, from its last checkpoint on: AdamW, warm-up to a constant
-    learning rate, gradients clipped to norm 1, an exponential moving average (EMA) of the weights.
+    """Trains `model` for a stage's steps, from its last checkpoint on: AdamW, a short warm-up, a constant
+    learning rate and its linear decay to zero over the last 30% (a stage made longer later goes back
+    up), gradients clipped to norm 1, an exponential moving average (EMA) of the weights.
 
     loss_of(step) -> scalar loss, {name: float or list} to report; preview(ema, step) writes a video;
     finish(ema) completes the averaged weights at the end. `origin` names what the stage starts from.
@@ -313,7 +314,8 @@ def optimize(run, stage, model, loss_of, preview, finish=lambda ema: None, origi
     try:
         while step < steps:
             for group in optimizer.param_groups:
-                group["lr"] = lr * min(1, (step + 1) / min(200, steps / 10 + 1))
+                group["lr"] = lr * min(1, (step + 1) / min(200, steps / 10 + 1),
+                                       (steps - step) / (.3 * steps))
             with torch.autocast(run.device.type, torch.bfloat16):
                 loss, report = loss_of(step)
             loss.backward()
