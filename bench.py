@@ -34,9 +34,8 @@ def cover_of(shape, x, y, r):
 def track(video, colour, shape):
     """Follows a sprite by its colour through (T, 3, S, S) on a plain background.
 
-    Returns `there` (T,) bool: something of that colour and of a sprite's size is seen, and nothing
-    of another colour; `shape`, the likeliest; `path` (T, 3): x, y in px, angle of the named shape.
-    """
+    Returns `there` (T,) bool: something of that colour and of a sprite's size is seen, nothing of
+    another colour; `shape`, the likeliest; `path` (T, 3): x, y in px, angle of the named shape."""
     T, _, S, _ = video.shape
     background = video.permute(1, 0, 2, 3).flatten(1).median(1).values
     towards = torch.tensor(COLOURS[colour]) - background
@@ -67,7 +66,7 @@ def track(video, colour, shape):
         theta = torch.arange(turns) / turns * PERIOD[name]
         cos, sin = theta.cos()[:, None, None], theta.sin()[:, None, None]
         p, q = dx[frames][:, None, None, :], dy[frames][:, None, :, None]
-        template = cover_of(name, cos * p + sin * q, cos * q - sin * p, r)  # (n, turns, window, window)
+        template = cover_of(name, cos * p + sin * q, cos * q - sin * p, r)  # (n, turns, side, side)
         errors = (template - seen[frames, None]).square().mean((2, 3))
         return errors.amin(1), theta[errors.argmin(1)]
 
@@ -82,9 +81,8 @@ def track(video, colour, shape):
 
 # ---------------------------------------------------------------- fitting the named motion
 
-
 def least_squares(basis, target):
-    """The candidate (K, n, P) that explains target (n,) best: RMS of the rest, coefficients, index."""
+    """The candidate of (K, n, P) that fits target (n,) best: RMS error, coefficients, index."""
     coefficients = np.linalg.pinv(basis) @ target                       # (K, P)
     rms = np.sqrt(np.mean((np.einsum("knp,kp->kn", basis, coefficients) - target) ** 2, 1))
     best = int(rms.argmin())
@@ -98,9 +96,8 @@ def in_range(value, low, high, slack=.3):
 def fit_motion(kind, phrase, path, size, radius=.145):
     """Fits a motion of the scene's family to a tracked path (T, 3).
 
-    Returns the RMS error of the centre in px, and whether it is the named motion: an error under 2.5%
-    of the frame's width, in the named direction, of an amount that such scenes have.
-    """
+    Returns the RMS error of the centre in px, and whether it is the named motion: an error under
+    2.5% of the frame's width, in the named direction, of an amount that such scenes have."""
     T, words = len(path), phrase.split()
     tau, one = np.linspace(0, 1, T), np.ones(T)
     x, y, angle = path[:, 0] / size, path[:, 1] / size, path[:, 2]
@@ -126,8 +123,8 @@ def fit_motion(kind, phrase, path, size, radius=.145):
         family = [(a, n, p) for a in np.linspace(.5, 1, 11) for n in np.linspace(.6, 1.4, 33)
                   for p in (0, np.pi)]
         theta = [a * np.cos(2 * np.pi * n * tau + p) for a, n, p in family]
-        rms, c, best = least_squares(np.concatenate([planar((np.sin(t), np.cos(t))) for t in theta]),
-                                     both)
+        rms, c, best = least_squares(np.concatenate(
+            [planar((np.sin(t), np.cos(t))) for t in theta]), both)
         good = in_range(c[2], .3, .4) and in_range(family[best][1], .8, 1.2, .15)
     elif kind == "orbit":
         sign = 1 if word == "clockwise" else -1
@@ -150,7 +147,6 @@ def fit_motion(kind, phrase, path, size, radius=.145):
 
 
 # ---------------------------------------------------------------- python bench.py sprites
-
 
 def held_out_clips(n, frames, size):
     """The first n held-out clips with one sprite: video, captions, scenes."""
@@ -222,15 +218,14 @@ def sprites(args):
     for name, rows in results.items():
         cells = [[r["named"] for r in rows if r["kind"] == kind] for kind in kinds]
         cells.append([r["named"] for r in rows if r["held_out"]])
-        print(f"| {name} |", " | ".join(f"{100 * np.mean(cell):.0f} (n {len(cell)})" if cell else "-"
-                                        for cell in cells), "|")
+        print(f"| {name} |", " | ".join(
+            f"{100 * np.mean(cell):.0f} (n {len(cell)})" if cell else "-" for cell in cells), "|")
     out = Path("runs/bench")
     out.mkdir(parents=True, exist_ok=True)
     (out / "sprites.json").write_text(json.dumps({"psnr": psnr, **results}))
 
 
 # ---------------------------------------------------------------- python bench.py speed
-
 
 def median_time(function, repeats=7):
     function()
@@ -271,9 +266,10 @@ def speed(args):
     # multiply-adds of the model: each matrix once a token, attention once a pair of tokens
     c, L = base.dit.config, y.shape[1]
     matrices = sum(p.numel() for p in base.dit.blocks.parameters() if p.ndim == 2) * tokens
-    matrices += sum(2 * c.text_width * c.width * (L - tokens) for _ in base.dit.blocks)     # K, V: text
+    matrices += c.depth * 2 * c.text_width * c.width * (L - tokens)     # K, V of the text
     matrices += sum(p.numel() for p in base.dit.text.layers.parameters() if p.ndim == 2) * L
-    attention = 2 * c.depth * c.width * tokens * (tokens + L) + 2 * c.text_depth * c.text_width * L * L
+    attention = (2 * c.depth * c.width * tokens * (tokens + L)
+                 + 2 * c.text_depth * c.text_width * L * L)
     flops = 3 * 2 * (matrices + attention) * batch                      # forward and backward
     for dtype in (torch.bfloat16, torch.float32):
         a = torch.randn(4096, 4096, dtype=dtype)

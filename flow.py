@@ -23,7 +23,6 @@ ROOT = Path(__file__).resolve().parent
 
 # ---------------------------------------------------------------- files and errors, for all scripts
 
-
 def report_errors(main):
     """Runs a script's main. Bad input, a ValueError, ends as one line on stderr and exit code 2."""
     try:
@@ -63,13 +62,11 @@ def read_file(path, kind):
 
 # ---------------------------------------------------------------- Sec. 4.2: flow as RGB (Eq. 5)
 
-
 def flow_to_rgb(flow, sigma=0.15):
     """Eq. 5. flow (..., 2, H, W) in px -> rgb (..., 3, H, W) in [0, 1].
 
     Hue is the angle alpha, saturation the magnitude m = min(1, |flow| / (sigma sqrt(H^2 + W^2))),
-    value is 1: still is white, and the map is invertible below saturation (m < 1).
-    """
+    value is 1: still is white, and the map is invertible below saturation (m < 1)."""
     H, W = flow.shape[-2:]
     u, v = flow.unbind(-3)
     m = (torch.hypot(u, v) / (sigma * math.hypot(H, W))).clamp(max=1)
@@ -80,7 +77,7 @@ def flow_to_rgb(flow, sigma=0.15):
 
 
 def rgb_to_flow(rgb, sigma=0.15):
-    """Inverse of flow_to_rgb below saturation. rgb (..., 3, H, W) in [0, 1] -> (..., 2, H, W) px."""
+    """Inverse of flow_to_rgb below saturation: (..., 3, H, W) in [0, 1] -> (..., 2, H, W) px."""
     H, W = rgb.shape[-2:]
     r, g, b = rgb.unbind(-3)
     high, low = rgb.amax(-3), rgb.amin(-3)
@@ -125,12 +122,11 @@ def is_held_out(shape, colour, motion):
 def bouncing(tau, y0, floor, fall_time, restitution):
     """Height of a ball let go at y0 that reaches the floor at fall_time: exact parabolas.
 
-    Each bounce keeps `restitution` of the speed, so 1 - restitution^2 of the energy is lost.
-    """
+    Each bounce keeps `restitution` of the speed, so 1 - restitution^2 of the energy is lost."""
     gravity = 2 * (floor - y0) / fall_time ** 2
     start, speed = fall_time, gravity * fall_time * restitution
     y = y0 + gravity * tau ** 2 / 2
-    while start < 1 and speed > 1e-3:           # infinitely many bounces end in finite time: at rest
+    while start < 1 and speed > 1e-3:           # endless bounces end in finite time: at rest
         t = tau - start
         y = np.where(t > 0, floor - speed * t + gravity * t ** 2 / 2, y)
         start, speed = start + 2 * speed / gravity, speed * restitution
@@ -174,7 +170,7 @@ def motion_path(kind, phrase, speed, radius, tau, rng):
 
 
 def collision_paths(radii, tau, rng):
-    """Two sprites of equal mass that meet head-on: momentum is kept, restitution of the speed too."""
+    """Two sprites of equal mass that meet head-on: momentum is kept, a share of the speed too."""
     when, y, e = rng.uniform(.4, .6), rng.uniform(.25, .75), rng.uniform(.7, 1)
     middle = rng.uniform(.45, .55)
     room = np.array([middle - 2 * radii[0], 1 - middle - 2 * radii[1]])  # from the contact outwards
@@ -237,12 +233,12 @@ def signed_distance(shape, x, y, r):
         return torch.hypot(x, y) - .95 * r
     if shape == "square":
         return torch.maximum(x.abs(), y.abs()) - .82 * r
-    if shape == "triangle":                                             # points up; three half-planes
+    if shape == "triangle":                                         # points up; three half-planes
         return torch.maximum(y, x.abs() * math.sqrt(.75) - y / 2) - .52 * r
     if shape == "cross":
         a, b = x.abs(), y.abs()
         return torch.minimum(torch.maximum(a - r, b - .36 * r), torch.maximum(b - r, a - .36 * r))
-    fold = math.pi / 5                                                  # star: one of ten half-points
+    fold = math.pi / 5                                              # star: one of ten half-points
     theta = (torch.atan2(x, -y) + fold) % (2 * fold) - fold
     a, b = torch.hypot(x, y) * theta.cos(), torch.hypot(x, y) * theta.sin().abs()
     edge = torch.tensor([.5 * math.cos(fold) - 1.15, .5 * math.sin(fold)])   # outer to inner corner
@@ -278,8 +274,7 @@ def sprite_clips(seeds, frames=16, size=64, rich=.5):
     seeds: ints, from HELD_OUT on for evaluation. rich in [0, 1]: the share of textured backgrounds
     and, apart from it, of scenes with two or three independent sprites (the first named in front).
     Returns video (N, T, 3, H, W) in [0, 1], flow (N, T, 2, H, W) in px, captions, scenes. A scene's
-    sprites have `path` (T, 3): x, y of the centre in px and the angle in radians, and `physics`.
-    """
+    sprites have `path` (T, 3): x, y of the centre in px and the angle in radians, and `physics`."""
     scenes = [sprite_scene(int(seed), frames, rich) for seed in seeds]
     N, T = len(scenes), frames
     window = 2 * math.ceil(.17 * 1.2 * size) + 2                        # holds the largest sprite
@@ -316,7 +311,8 @@ def sprite_clips(seeds, frames=16, size=64, rich=.5):
             # rigid motion: turn about the centre, then move with it
             step_x, step_y, turn = (after - path)[..., None, None].unbind(2)
             cos, sin = turn.cos(), turn.sin()
-            moved = torch.stack([cos * x - sin * y - x + step_x, sin * x + cos * y - y + step_y], -1)
+            moved = torch.stack([cos * x - sin * y - x + step_x,
+                                 sin * x + cos * y - y + step_y], -1)
             frame = torch.tensor(chosen)[:, None] * T + torch.arange(T)         # (n, T)
             at = (frame[..., None, None] * side + rows + pad) * side + cols + pad
             under, cover = pixels[at], cover[..., None]
@@ -351,7 +347,6 @@ def conv(c_in, c_out, kernel, stride=1, norm=False, relu=True):
 
 class Bottleneck(nn.Module):
     """Residual block: 1x1 to a quarter of the channels, 3x3, 1x1 back."""
-
     def __init__(self, c_in, c_out, stride, norm):
         super().__init__()
         self.convnormrelu1 = conv(c_in, c_out // 4, 1, norm=norm)
@@ -367,7 +362,6 @@ class Bottleneck(nn.Module):
 
 class Encoder(nn.Module):
     """Image (B, 3, H, W) in [-1, 1] -> (B, c_out, H/8, W/8)."""
-
     def __init__(self, c_out, norm):
         super().__init__()
         self.convnormrelu = conv(3, 32, 7, 2, norm)
@@ -387,9 +381,7 @@ class UpdateBlock(nn.Module):
     """One iteration: motion encoder, convolutional GRU, flow head.
 
     state (B, 96, h, w), context (B, 64, h, w), looked-up correlation (B, 196, h, w) and flow
-    (B, 2, h, w) in cells -> new state and the change of the flow.
-    """
-
+    (B, 2, h, w) in cells -> new state and the change of the flow."""
     def __init__(self):
         super().__init__()
         self.motion_encoder = nn.ModuleDict({
@@ -418,8 +410,7 @@ class UpdateBlock(nn.Module):
 def correlation_pyramid(features1, features2):
     """All-pairs correlation: two (B, C, h, w) -> LEVELS of (B h w, 1, h / 2^l, w / 2^l).
 
-    Every cell of frame 1 has its own map over frame 2, of which each level averages 2 x 2 cells.
-    """
+    Every cell of frame 1 has its own map over frame 2, of which each level averages 2 x 2 cells."""
     B, C, h, w = features1.shape
     with torch.autocast(features1.device.type, enabled=False):          # sub-pixel peaks need fp32
         corr = features1.float().flatten(2).mT @ features2.float().flatten(2) / math.sqrt(C)
@@ -435,8 +426,7 @@ def look_up(pyramid, coords):
     Channels run over levels, then over the window's x offset (-3..3), then over its y offset: x is
     the *outer* one, as in the authors' code. Coordinate 0 is the centre of the first cell, zeros
     are outside. On level l coords are divided by 2^l and no more: a pooled cell's centre really
-    lies (2^l - 1) / 2 fine cells further on, an offset that the weights have learned to expect.
-    """
+    lies (2^l - 1) / 2 fine cells further on, an offset that the weights have learned to expect."""
     B, _, h, w = coords.shape
     side = torch.arange(-RADIUS, RADIUS + 1, device=coords.device, dtype=coords.dtype)
     window = torch.stack(torch.meshgrid(side, side, indexing="ij"), -1)         # [i, j] is x, y
@@ -453,9 +443,7 @@ def look_up(pyramid, coords):
 class RAFT(nn.Module):
     """RAFT()(frame1, frame2, iters) -> a list of flows, one per iteration, the last is the best.
 
-    frame1, frame2: (B, 3, H, W) in [0, 1], of any size; flows: (B, 2, H, W) in px, x then y.
-    """
-
+    frame1, frame2: (B, 3, H, W) in [0, 1], of any size; flows: (B, 2, H, W) in px, x then y."""
     def __init__(self):
         super().__init__()
         self.feature_encoder = Encoder(128, norm=True)
@@ -513,8 +501,7 @@ class RAFT(nn.Module):
     def load(cls, path=ROOT / "weights/raft.pt"):
         """Our weights (fp16) or torchvision's raft_small, strictly; fp32, eval mode, no gradients.
 
-        Raises ValueError, one line, where the file is missing, damaged or of another network.
-        """
+        Raises ValueError, one line, where the file is missing, damaged or of another network."""
         if not Path(path).is_file():
             raise ValueError(f"{path}: no such weights file")
         try:
@@ -544,8 +531,7 @@ def estimate_flow(raft, video, iters=12):
     """video (B, T, 3, H, W) in [0, 1] -> flow (B, T, 2, H, W) in px, the last one repeated.
 
     Each frame's features are computed once, and memory does not grow with T apart from the result.
-    Raises ValueError where the video has another shape, one frame only, or NaN or infinite pixels.
-    """
+    ValueError where the video has another shape, one frame only, or NaN or infinite pixels."""
     if video.dim() != 5 or video.shape[2] != 3:
         raise ValueError(f"a video is (B, T, 3, H, W), this one is {tuple(video.shape)}")
     B, T, _, H, W = video.shape
@@ -571,14 +557,12 @@ def estimate_flow(raft, video, iters=12):
 
 # ---------------------------------------------------------------- RAFT: training
 
-
 def flow_scenes(n, size, seed, shapes=6):
     """Scenes with exact flow: frame1, frame2 (n, 3, size, size) in [0, 1], flow (n, 2, size, size).
 
     Textured or plain ellipses and polygons over a background, each with its own affine motion (up
     to a tenth of the frame). All is a formula of continuous coordinates, so sub-pixel motion is
-    exact; flow, in px from frame1 to frame2, is that of the front layer at frame1's pixel centres.
-    """
+    exact; flow, px from frame1 to frame2, is the front layer's at the pixel centres of frame1."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(low, high, *shape):
@@ -650,8 +634,7 @@ def training_pairs(step, batch, size):
 def validate(raft, out, clips=4):
     """Median end-point error in px over moving pixels, held-out sprites (64 px) and scenes (128).
 
-    Also writes out/preview.png: rows of frame, next frame, true flow, estimate.
-    """
+    Also writes out/preview.png: rows of frame, next frame, true flow, estimate."""
     first, second, flow = flow_scenes(clips, 128, HELD_OUT)
     data = {"sprites": sprite_clips(range(HELD_OUT, HELD_OUT + clips))[:2],
             "scenes": (torch.stack([first, second], 1), flow.unsqueeze(1))}
@@ -671,8 +654,7 @@ def train_raft(out="runs/raft", steps=6000, batch=8, size=128, lr=4e-4, iters=8,
     """Trains RAFT from nothing; a second call on the same folder goes on where the first stopped.
 
     Writes out/state.pt (to resume), out/raft.pt (fp16 weights) and out/preview.png every `every`
-    steps. Data depend on the step alone, so a resumed run equals an uninterrupted one.
-    """
+    steps. Data depend on the step alone, so a resumed run equals an uninterrupted one."""
     out, device = Path(out), "cuda" if torch.cuda.is_available() else "cpu"
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
@@ -705,7 +687,8 @@ def train_raft(out="runs/raft", steps=6000, batch=8, size=128, lr=4e-4, iters=8,
             scores = validate(raft, out)
             parts = [part.state_dict() for part in (raft, optimizer, schedule)]
             weights = {key: value.half() for key, value in parts[0].items()}
-            write_file(out / "state.pt", lambda file: torch.save({"step": step + 1, "parts": parts}, file))
+            state = {"step": step + 1, "parts": parts}
+            write_file(out / "state.pt", lambda file: torch.save(state, file))
             write_file(out / "raft.pt", lambda file: torch.save(weights, file))
             tqdm.write(f"step {step + 1}: median error of what moves, px: {scores}")
         bar.set_postfix(loss=loss.item(), **scores)

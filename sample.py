@@ -14,13 +14,13 @@ import time
 from pathlib import Path
 
 from flow import ROOT, report_errors
-from train import grid, write_video
+from train import device_of, grid, write_video
 from videojam import GUIDANCE, VideoJAM
 
 
 def parse():
     parser = argparse.ArgumentParser(description="Samples videos (and their motion) from prompts.")
-    parser.add_argument("prompt", nargs="*", help="what the video shows; several make several videos")
+    parser.add_argument("prompt", nargs="*", help="what a video shows; several make several videos")
     parser.add_argument("--prompts", metavar="FILE", help="a text file of prompts, one a line")
     parser.add_argument("--run", help="folder of a training run; default: the shipped weights")
     parser.add_argument("--which", default="jam", choices=("jam", "base", "control"),
@@ -33,9 +33,9 @@ def parse():
     parser.add_argument("--w2", type=float, default=3, help="motion guidance (default %(default)s)")
     parser.add_argument("--guidance", choices=GUIDANCE,
                         help="default: inner (Eq. 8), or cfg for a model without motion")
-    parser.add_argument("--motion", action="store_true", help="the predicted motion beside the video")
+    parser.add_argument("--motion", action="store_true", help="show the predicted motion too")
     parser.add_argument("--compare", action="store_true", help="base model beside VideoJAM")
-    parser.add_argument("--upscale", type=int, help="factor of enlargement (default: to about 256 px)")
+    parser.add_argument("--upscale", type=int, help="enlarge by this (default: to about 256 px)")
     parser.add_argument("--device", default="cpu")
     return parser.parse_args()
 
@@ -46,7 +46,8 @@ def read_prompts(args):
         try:
             lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"cannot read {args.prompts}: {getattr(error, 'strerror', 'not UTF-8')}")
+            reason = getattr(error, "strerror", "not UTF-8")
+            raise ValueError(f"cannot read {args.prompts}: {reason}") from None
         prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ValueError('no prompt: try "a red square moves left"')
@@ -80,8 +81,9 @@ def main():
     prompts = read_prompts(args)
     files = output_files(args, prompts)
     weights = Path(args.run) / "model.pt" if args.run else ROOT / "weights/toy.pt"
-    model = VideoJAM.load(weights, args.which, args.device)
-    base = VideoJAM.load(weights, "base", args.device) if args.compare else None
+    device = device_of(args.device)
+    model = VideoJAM.load(weights, args.which, device)
+    base = VideoJAM.load(weights, "base", device) if args.compare else None
     if args.motion and not model.dit.config.motion:
         raise ValueError(f"--motion: the {args.which} model predicts no motion")
     for prompt in prompts:
@@ -99,7 +101,7 @@ def main():
         columns = grid(*(part[i:i + 1].transpose(-1, -2) for part in shown)).transpose(-1, -2)
         write_video(path, columns, model.config.fps, args.upscale)
         print(f"{path}: {prompt!r}")
-    what = (["base"] if args.compare else []) + [args.which] + (["its motion"] if args.motion else [])
+    what = ["base"] * args.compare + [args.which] + ["its motion"] * args.motion
     print(f"{len(files)} of {' | '.join(what)} in {time.time() - start:.1f} s")
 
 

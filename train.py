@@ -1,6 +1,6 @@
 """Trains the TAE, the base DiT, its VideoJAM fine-tuning, and a control without motion.
 
-    python train.py                             the sprite world, every stage, 15 minutes on two cores
+    python train.py                             the sprite world, every stage: 15 minutes, two cores
     python train.py --data FOLDER               own videos: FOLDER/metadata.csv with file_name, text
     python train.py --stage jam --steps 5000    one stage, or the same stage for longer
 
@@ -52,10 +52,8 @@ T_BINS = 5                              # losses are reported apart for t in [0,
 
 # ---------------------------------------------------------------- data
 
-
 class Sprites:
     """The sprite world, endless: clip i is seed i, with its exact flow."""
-
     def __init__(self, preset, rich):
         self.preset, self.rich = preset, rich
 
@@ -74,7 +72,7 @@ def read_video(path, fps, size):
     meta = iio.immeta(path, plugin="FFMPEG")
     step, frames = meta["fps"] / fps, []
     for index, frame in enumerate(iio.imiter(path, plugin="FFMPEG")):
-        # frame k of the output shows what the input shows at time k / fps; slow videos repeat frames
+        # output frame k shows what the input shows at time k / fps; slow videos repeat frames
         while round(len(frames) * step) == index:
             image = torch.from_numpy(frame).permute(2, 0, 1)[None].float()
             scale = size / min(image.shape[-2:])
@@ -86,9 +84,8 @@ def read_video(path, fps, size):
 
 
 class Folder:
-    """Videos of a folder, listed with captions in its metadata.csv; flow by RAFT. Clip i is cut from
-    video i modulo their number, at an offset that i decides."""
-
+    """Videos of a folder, listed with captions in its metadata.csv; flow by RAFT. Clip i is cut
+    from video i modulo their number, at an offset that i decides."""
     def __init__(self, path, preset):
         self.preset, path = preset, Path(path)
         with open(path / "metadata.csv", newline="", encoding="utf-8") as file:
@@ -125,37 +122,40 @@ class Folder:
         video, motion = (torch.stack(part) / 255 for part in zip(*cuts))
         return video, motion, captions
 
-    def held_out(self, n):                  # few videos: previews show the clips that it learns from
+    def held_out(self, n):              # few videos: previews show clips that it learns from
         return self.clips(range(n))
 
 
 class Latents:
-    """What the encode stage wrote, memory-mapped: a clip's x and d (C, T', H', W'), and its caption."""
-
+    """What the encode stage wrote, memory-mapped: a clip's x, d (C, T', H', W') and caption."""
     def __init__(self, folder):
         names = sorted(path.stem for path in folder.glob("*.json"))
         self.x = [np.load(folder / f"{name}.x.npy", mmap_mode="r") for name in names]
         self.d = [np.load(folder / f"{name}.d.npy", mmap_mode="r") for name in names]
-        self.captions = [c for name in names for c in json.loads((folder / f"{name}.json").read_text())]
+        self.captions = [caption for name in names
+                         for caption in json.loads((folder / f"{name}.json").read_text())]
 
     def batch(self, indices, max_bytes):
         def gather(shards):
-            return torch.from_numpy(np.stack([shards[i // SHARD][i % SHARD] for i in indices])).float()
+            clips = np.stack([shards[i // SHARD][i % SHARD] for i in indices])
+            return torch.from_numpy(clips).float()
         y = tokenize([self.captions[i] for i in indices], max_bytes)
         return gather(self.x), gather(self.d), y
 
 
 # ---------------------------------------------------------------- a run and its folder
 
-
 def generator(*key):
     """A random stream of its own for (seed, stage, step)."""
     return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
 
 
-def has_compiler(device):
-    """torch.compile needs a C++ compiler on a CPU."""
-    return device.type != "cpu" or shutil.which(os.environ.get("CXX", "g++")) is not None
+def device_of(name):
+    """The device that --device names. ValueError where this machine has none such."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"--device {name}: no such device, take cpu or cuda") from None
 
 
 def write_video(path, video, fps, scale=None):
@@ -169,25 +169,24 @@ def write_video(path, video, fps, scale=None):
 
 
 def grid(*videos):
-    """Videos (n, T, 3, H, W) -> one (T, 3, H', W'): a column for each of n, a row for each argument."""
+    """Videos (n, T, 3, H, W) -> one (T, 3, H', W'): a column for each of n, a row an argument."""
     rows = [torch.cat(list(F.pad(video, (1, 1, 1, 1), value=1)), -1) for video in videos]
     return torch.cat(rows, -2)
 
 
 class Run:
     """A run's folder and what all of its stages share."""
-
     def __init__(self, args):
         self.args, self.preset = args, PRESETS[args.preset]
-        self.out, self.device = Path(args.out), torch.device(args.device)
+        self.out, self.device = Path(args.out), args.device
         settings = {"preset": args.preset, "data": args.data, "rich": args.rich, "seed": args.seed}
         path = self.out / "settings.json"
         if path.is_file():
             before = json.loads(path.read_text())
-            changed = [f"{k} {before.get(k)!r}, not {v!r}" for k, v in settings.items()
-                       if before.get(k) != v]
+            changed = "; ".join(f"{k} {before.get(k)!r}, not {v!r}" for k, v in settings.items()
+                                if before.get(k) != v)
             if changed:
-                raise ValueError(f"{self.out} was begun with {'; '.join(changed)}: take another --out")
+                raise ValueError(f"{self.out} was begun with {changed}: take another --out")
         if args.data and not (Path(args.data) / "metadata.csv").is_file():
             raise ValueError(f"{args.data}: no metadata.csv (columns file_name and text) in it")
         try:
@@ -206,9 +205,9 @@ class Run:
 
     def setting(self, stage):
         """(steps, learning rate, batch) of a stage: the flags, or the preset's defaults."""
-        flags = (self.args.steps, self.args.lr, self.args.batch)
-        return tuple(default if flag is None else flag
-                     for flag, default in zip(flags, DEFAULTS[self.args.preset][stage]))
+        flags = self.args.steps, self.args.lr, self.args.batch
+        pairs = zip(flags, DEFAULTS[self.args.preset][stage])
+        return tuple(default if flag is None else flag for flag, default in pairs)
 
     def checkpoint(self, stage):
         """A stage's last checkpoint, None before the first."""
@@ -221,8 +220,8 @@ class Run:
         if state is None:
             raise ValueError(f"{self.out}: has no {stage} yet, run --stage {stage} first")
         if state["step"] < state["of"]:
-            raise ValueError(f"{self.out}: {stage} stopped at step {state['step']} of {state['of']}, "
-                             f"finish it first with --stage {stage}")
+            raise ValueError(f"{self.out}: {stage} stopped at step {state['step']} of "
+                             f"{state['of']}, finish it first with --stage {stage}")
         module.load_state_dict(state["ema"])
         return module.to(self.device).eval(), state["step"]
 
@@ -234,11 +233,12 @@ class Run:
             file.write(json.dumps(row) + "\n")
 
     def forget_after(self, stage, step):
-        """Takes the rows of steps that are done again after an interruption out of metrics.jsonl."""
+        """Takes the rows of steps that are to be done again out of metrics.jsonl."""
         path = self.out / "metrics.jsonl"
         if path.exists():
-            rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-            kept = [row for row in rows if row["stage"] != stage or row["step"] <= step]
+            lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
+            kept = [row for row in map(json.loads, lines)
+                    if row["stage"] != stage or row["step"] <= step]
             text = "".join(json.dumps(row) + "\n" for row in kept)
             write_file(path, lambda temporary: temporary.write_text(text))
 
@@ -260,36 +260,35 @@ class Run:
 
 # ---------------------------------------------------------------- one loop for every stage
 
-
 def average(values):
-    """The mean of numbers, or of rows of them by column; NaNs do not count, null stands for none."""
-    columns = np.array(values, float).reshape(len(values), -1).T
-    means = [round(float(c[~np.isnan(c)].mean()), 5) if (~np.isnan(c)).any() else None for c in columns]
+    """The mean of numbers, or of rows of them by column, without NaNs; None where none is left."""
+    columns = [c[~np.isnan(c)] for c in np.array(values, float).reshape(len(values), -1).T]
+    means = [round(float(c.mean()), 5) if len(c) else None for c in columns]
     return means if isinstance(values[0], list) else means[0]
 
 
 def optimize(run, stage, model, loss_of, preview, finish=lambda ema: None, origin=None):
-    """Trains `model` for a stage's steps, from its last checkpoint on: AdamW, a short warm-up, a constant
-    learning rate and its linear decay to zero over the last 30% (a stage made longer later goes back
-    up), gradients clipped to norm 1, an exponential moving average (EMA) of the weights.
+    """Trains `model` for a stage's steps, from its last checkpoint on: AdamW, gradients clipped to
+    norm 1, an exponential moving average (EMA) of the weights; a short warm-up, then a constant
+    learning rate that falls to zero over the last 30% (a stage made longer goes back up).
 
-    loss_of(step) -> scalar loss, {name: float or list} to report; preview(ema, step) writes a video;
-    finish(ema) completes the averaged weights at the end. `origin` names what the stage starts from.
-    """
+    loss_of(step) -> scalar loss, {name: float or list} to report; preview(ema, step) writes a
+    video; finish(ema) completes the average at the end; `origin`: what the stage starts from."""
     steps, lr, batch = run.setting(stage)
     print(f"{stage}: {steps} steps, lr {lr:g}, batch {batch}, "
           f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {run.device}, "
           f"{'compiled' if run.args.compile else 'not compiled'}")
     model.to(run.device).train()
     ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(.9, .99), weight_decay=0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr, (.9, .99), weight_decay=0, fused=True)
     step, state = 0, run.checkpoint(stage)
     settings = {"lr": lr, "batch": batch, "origin": origin}
     if state:
-        changed = [f"{k} {state[k]}, not {v}" for k, v in settings.items() if state[k] != v]
+        changed = "; ".join(f"{k} {state[k]}, not {v}" for k, v in settings.items()
+                            if state[k] != v)
         if changed:
-            raise ValueError(f"{run.out}/{stage}.pt was begun with {'; '.join(changed)}: take another "
-                             f"--out, or delete that file to begin the stage again")
+            raise ValueError(f"{run.out}/{stage}.pt was begun with {changed}: take another --out, "
+                             f"or delete that file to begin the stage again")
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
@@ -304,9 +303,9 @@ def optimize(run, stage, model, loss_of, preview, finish=lambda ema: None, origi
                    "optimizer": optimizer.state_dict()}
         write_file(run.out / f"{stage}.pt", lambda temporary: torch.save(content, temporary))
 
-    compiled = [*model.blocks, *model.text.layers] if isinstance(model, DiT) and run.args.compile else []
-    for block in compiled:
-        block.compile()
+    if run.args.compile and isinstance(model, DiT):
+        for block in [*model.blocks, *model.text.layers]:
+            block.compile()
     saved, recent, every = time.time(), [], max(1, min(50, steps // 10))
     bar = tqdm(total=steps, initial=step, desc=stage, smoothing=.05)
     stopped = []                                            # Ctrl-C waits for the end of the step
@@ -341,7 +340,7 @@ def optimize(run, stage, model, loss_of, preview, finish=lambda ema: None, origi
                 save()
                 saved = time.time()
             if stopped:
-                raise ValueError(f"stopped at step {step} of {stage}: the same command goes on there")
+                raise ValueError(f"stopped at step {step} of {stage}: the same command goes on")
     finally:
         signal.signal(signal.SIGINT, handler)
         bar.close()
@@ -349,29 +348,27 @@ def optimize(run, stage, model, loss_of, preview, finish=lambda ema: None, origi
 
 # ---------------------------------------------------------------- the stages
 
-
 def train_tae(run):
-    """The auto-encoder learns videos and their RGB flow alike; then its latents' statistics."""
+    """The auto-encoder of videos and their RGB flow alike; then its latents' statistics."""
     torch.manual_seed(run.args.seed)
     tae, batch = TAE(run.preset.tae), run.setting("tae")[2]
 
     def loss_of(step):
-        video, motion, _ = run.data().clips(range(step * batch, (step + 1) * batch))
-        clips = torch.cat([video, motion]).to(run.device)
-        loss = tae_loss(tae, clips, generator=generator(run.args.seed, "tae", step))
+        clips = torch.cat(run.data().clips(range(step * batch, (step + 1) * batch))[:2])
+        loss = tae_loss(tae, clips.to(run.device), generator=generator(run.args.seed, "tae", step))
         return loss, {"loss": loss.item()}
 
     def reconstructions(ema, n):
         video, motion, _ = run.data().held_out(n)
         with torch.no_grad(), torch.autocast(run.device.type, torch.bfloat16):
-            return [(clips, ema.decode(ema.encode(clips.to(run.device)), frames=clips.shape[1]).cpu())
+            return [(clips, ema.decode(ema.encode(clips.to(run.device))).cpu()[:, :clips.shape[1]])
                     for clips in (video, motion)]
 
     def preview(ema, step):
         pairs = reconstructions(ema, 8)
         psnr = [-10 * (a - b).square().mean((1, 2, 3, 4)).log10().mean().item() for a, b in pairs]
         run.log(stage="tae", step=step, psnr_video=round(psnr[0], 2), psnr_motion=round(psnr[1], 2))
-        tqdm.write(f"tae: step {step}, held-out PSNR {psnr[0]:.1f} dB, of RGB flow {psnr[1]:.1f} dB")
+        tqdm.write(f"tae: step {step}, held-out PSNR {psnr[0]:.1f} dB, RGB flow {psnr[1]:.1f} dB")
         write_video(run.out / f"previews/tae-{step:06d}.mp4", grid(*pairs[0], *pairs[1]),
                     run.preset.fps)
 
@@ -380,13 +377,13 @@ def train_tae(run):
         latents = [[], []]
         with torch.no_grad(), torch.autocast(run.device.type, torch.bfloat16):
             for start in range(0, 256, batch):
-                for kind, clips in enumerate(run.data().clips(range(start, start + batch))[:2]):
-                    latents[kind].append(ema.posterior(clips.to(run.device))[0].float().flatten(0, 3))
+                for part, clips in zip(latents, run.data().clips(range(start, start + batch))):
+                    part.append(ema.posterior(clips.to(run.device))[0].float().flatten(0, 3))
         for kind in range(2):
             values = torch.cat(latents[kind])
             ema.mean[kind], ema.std[kind] = values.mean(0), values.std(0)
 
-    optimize(run, "tae", tae, loss_of, lambda ema, step: preview(ema, step), finish)
+    optimize(run, "tae", tae, loss_of, preview, finish)
 
 
 def encode(run):
@@ -397,8 +394,8 @@ def encode(run):
     _, tae_step = run.finished("tae", TAE(run.preset.tae))
     stamp = folder / "tae_step"
     if stamp.exists() and int(stamp.read_text()) != tae_step:
-        raise ValueError(f"{folder} was encoded by the TAE of step {stamp.read_text()}, it is now at "
-                         f"{tae_step}: delete the folder (and the stages after it), or take another --out")
+        raise ValueError(f"{folder} was encoded by the TAE of step {stamp.read_text()}, it is now "
+                         f"at {tae_step}: delete it and the stages after it, or take another --out")
     write_file(stamp, lambda temporary: temporary.write_text(str(tae_step)))
     tae, shards = run.tae(), -(-clips // SHARD)
     missing = [s for s in range(shards) if not (folder / f"{s:05d}.json").exists()]
@@ -412,12 +409,10 @@ def encode(run):
                 x.append(tae.encode(video.to(run.device)).half().cpu().numpy())
                 d.append(tae.encode(motion.to(run.device), motion=True).half().cpu().numpy())
             captions += text
-        for name, parts in (("x", x), ("d", d)):
-            write_file(folder / f"{shard:05d}.{name}.npy",
-                       lambda temporary: np.save(temporary, np.concatenate(parts)))
         # the captions come last: a shard that has them is complete
-        write_file(folder / f"{shard:05d}.json",
-                   lambda temporary: temporary.write_text(json.dumps(captions)))
+        write_file(folder / f"{shard:05d}.x.npy", lambda file: np.save(file, np.concatenate(x)))
+        write_file(folder / f"{shard:05d}.d.npy", lambda file: np.save(file, np.concatenate(d)))
+        write_file(folder / f"{shard:05d}.json", lambda file: file.write_text(json.dumps(captions)))
 
 
 def train_dit(run, stage):
@@ -457,22 +452,20 @@ def train_dit(run, stage):
     def preview(ema, step):
         *_, captions = run.data().held_out(8)
         bundle = VideoJAM(run.preset, run.tae(), ema, stage)
-        video, rgb = bundle.generate(captions, steps=30)
+        shown = [part.cpu() for part in bundle.generate(captions, steps=30) if part is not None]
         bundle.dit.train()
-        write_video(run.out / f"previews/{stage}-{step:06d}.mp4",
-                    grid(*(part.cpu() for part in (video, rgb) if part is not None)), run.preset.fps)
+        write_video(run.out / f"previews/{stage}-{step:06d}.mp4", grid(*shown), run.preset.fps)
 
     optimize(run, stage, model, loss_of, preview, origin=origin)
 
 
 # ---------------------------------------------------------------- command line
 
-
 def parse():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--preset", default="toy", help=f"one of {', '.join(PRESETS)}")
-    parser.add_argument("--data", help="folder of videos with a metadata.csv; default: sprite world")
-    parser.add_argument("--out", help="folder of the run; default: runs/PRESET or runs/NAME of --data")
+    parser.add_argument("--data", help="folder of videos and metadata.csv; default: sprite world")
+    parser.add_argument("--out", help="folder of the run; default: runs/PRESET, or runs/DATA")
     parser.add_argument("--stage", choices=STAGES, help="this one alone; default: all, in order")
     parser.add_argument("--steps", type=int, help="of each stage run (encode: clips)")
     parser.add_argument("--lr", type=float, help="learning rate of each stage run")
@@ -495,10 +488,10 @@ def parse():
     if args.data:
         args.data = str(Path(args.data).resolve())
     args.out = args.out or f"runs/{Path(args.data).name if args.data else args.preset}"
-    try:
-        args.compile = has_compiler(torch.device(args.device)) if args.compile is None else args.compile
-    except RuntimeError:
-        raise ValueError(f"--device {args.device}: no such device, take cpu or cuda") from None
+    args.device = device_of(args.device)
+    if args.compile is None:                        # on a CPU, torch.compile needs a C++ compiler
+        compiler = shutil.which(os.environ.get("CXX", "g++"))
+        args.compile = args.device.type != "cpu" or compiler is not None
     return args
 
 

@@ -23,11 +23,10 @@ from flow import ROOT, read_file, write_file
 
 # ---------------------------------------------------------------- App. C: TAE (Movie Gen's)
 
-
 @dataclasses.dataclass(frozen=True)
 class TAEConfig:
     channels: int = 16                                  # C_TAE
-    patch: int = 1                                      # pixels are folded p x p before the first conv
+    patch: int = 1                                      # pixels are folded p x p at first
     widths: tuple = (128, 256, 512, 512)                # channels at each level
     strides: tuple = ((2, 2), (2, 2), (2, 2))           # (time, space) from each level to the next
     blocks: int = 2                                     # residual blocks a level
@@ -41,13 +40,9 @@ class TAEConfig:
 
 class SpaceTimeConv(nn.Module):
     """A 3 x 3 convolution in space, then one of 3 taps in time, on (B, T, H, W, C).
-
-    Channels come last, so both are 2D convolutions on views of one buffer, without a copy. The
-    temporal one starts as the identity (centre tap): an image model at first, as in Movie Gen. So
-    does the spatial one, up to a rotation of the channels: with random taps a dozen layers smear and
-    squeeze the picture, and 1,000 steps later sprites were still missing (18 against 24 dB at 150).
-    """
-
+    Channels come last, so both are 2D convolutions on views of one buffer. Both start as a centre
+    tap: in time the identity (an image model at first, as in Movie Gen), in space a rotation of the
+    channels. With random taps, 1,000 steps later sprites were missing (18 against 24 dB at 150)."""
     def __init__(self, c_in, c_out, stride=(1, 1)):
         super().__init__()
         time, space = stride
@@ -61,7 +56,7 @@ class SpaceTimeConv(nn.Module):
 
     def forward(self, x):
         B, T, H, W, _ = x.shape
-        x = self.space(x.flatten(0, 1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)     # (BT, H', W', C)
+        x = self.space(x.flatten(0, 1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)    # (BT, H', W', C)
         H, W = x.shape[1:3]
         x = x.reshape(B, T, H * W, -1)
         x = torch.cat([x[:, :1], x, x[:, -1:]], 1)      # symmetric replicate padding in time
@@ -82,7 +77,6 @@ class ResBlock(nn.Module):
 
 class Upsample(nn.Module):
     """Nearest neighbour by (time, space), then a convolution."""
-
     def __init__(self, c_in, c_out, stride):
         super().__init__()
         self.stride, self.conv = stride, SpaceTimeConv(c_in, c_out)
@@ -95,12 +89,9 @@ class Upsample(nn.Module):
 
 
 class TAE(nn.Module):
-    """Temporal Auto-Encoder of Movie Gen: (B, T, 3, H, W) <-> (B, C, T', H', W').
-
+    """Movie Gen's Temporal Auto-Encoder: (B, T, 3, H, W) <-> (B, C, T', H', W'), where
     T' = ceil(T / time), H' = H / space, W' = W / space by the config's compression. Latents are
-    standardised per channel, with statistics of their own for videos and for RGB flow (motion=True).
-    """
-
+    standardised per channel, each kind (video, or with motion=True RGB flow) by its statistics."""
     def __init__(self, config=TAEConfig()):
         super().__init__()
         self.config, w, p = config, config.widths, config.patch
@@ -124,12 +115,11 @@ class TAE(nn.Module):
         self.register_buffer("std", torch.ones(2, config.channels))
 
     def posterior(self, video):
-        """(B, T, 3, H, W) in [0, 1] -> mean and log-variance, (B, T', H', W', C) each, as they are."""
-        space = self.config.compression[1]
-        if video.ndim != 5 or video.shape[2] != 3 or video.shape[3] % space or video.shape[4] % space:
-            raise ValueError(f"TAE takes (B, T, 3, H, W), H and W multiples of {space}, "
-                             f"got {tuple(video.shape)}")
-        x = F.pixel_unshuffle((video - .7) * 3, self.config.patch)       # about centred: flow is white
+        """(B, T, 3, H, W) in [0, 1] -> mean and log-variance, (B, T', H', W', C) each."""
+        side, shape = self.config.compression[1], tuple(video.shape)
+        if len(shape) != 5 or shape[2] != 3 or shape[3] % side or shape[4] % side:
+            raise ValueError(f"TAE takes (B, T, 3, H, W), H and W multiples of {side}, got {shape}")
+        x = F.pixel_unshuffle((video - .7) * 3, self.config.patch)      # centred: flow is white
         mean, log_var = self.encoder(x.permute(0, 1, 3, 4, 2)).chunk(2, -1)
         return mean, log_var.float().clamp(-20, 10)
 
@@ -139,7 +129,7 @@ class TAE(nn.Module):
         return F.pixel_shuffle(x, self.config.patch) / 3 + .7
 
     def encode(self, video, motion=False):
-        """Video, or RGB flow with motion=True, in [0, 1] -> standardised latent (B, C, T', H', W')."""
+        """Video, or RGB flow (motion=True), in [0, 1] -> standardised latent (B, C, T', H', W')."""
         mean = self.posterior(video)[0].float()
         return ((mean - self.mean[int(motion)]) / self.std[int(motion)]).permute(0, 4, 1, 2, 3)
 
@@ -150,11 +140,9 @@ class TAE(nn.Module):
 
 
 def tae_loss(tae, video, mse_weight=3., kl_weight=1e-5, outlier_weight=1e-2, r=3, generator=None):
-    """L1 + MSE + KL + outlier penalty (Movie Gen's OPL): latents further than r deviations from the
-    clip's mean are pulled in, so that no bright spots carry global content. Returns a scalar.
-
-    L1 alone, the median's loss, is content without small things for long: hence the squares.
-    """
+    """L1 + MSE + KL + Movie Gen's outlier penalty, a scalar. The penalty pulls in latents further
+    than r deviations from the clip's mean, so that no bright spots carry global content. L1 alone,
+    the median's loss, is content without small things for long: hence the squares."""
     mean, log_var = tae.posterior(video)
     noise = torch.randn(mean.shape, generator=generator).to(mean.device)
     reconstruction = tae.pixels(mean + (log_var / 2).exp() * noise)[:, :video.shape[1]]
@@ -173,15 +161,11 @@ PAD, END, VOCABULARY = 0, 257, 258      # tokens 1..256 are the bytes 0..255 (as
 
 
 def tokenize(prompts, max_bytes=None):
-    """List of str -> LongTensor (B, L): UTF-8 bytes + 1, then END, then PAD up to the longest.
-
-    The null prompt "" is END alone. With max_bytes, longer prompts are cut at a character's end.
-    """
+    """List of str -> LongTensor (B, L): UTF-8 bytes + 1, then END, then PAD up to the longest. The
+    null prompt "" is END alone. Prompts of more than max_bytes are cut at a character's end."""
     rows = []
     for prompt in prompts:
-        data = prompt.encode()
-        if max_bytes is not None:
-            data = data[:max_bytes].decode(errors="ignore").encode()
+        data = prompt.encode()[:max_bytes].decode(errors="ignore").encode()
         rows.append(torch.tensor([byte + 1 for byte in data] + [END]))
     return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
 
@@ -194,7 +178,6 @@ def null_text(y):
 
 
 # ---------------------------------------------------------------- Sec. 4.1: DiT (Eq. 4)
-
 
 @dataclasses.dataclass(frozen=True)
 class DiTConfig:
@@ -216,13 +199,10 @@ def rms_norm(x):
 
 @functools.lru_cache(maxsize=16)
 def rope_table(grid, head_dim, device):
-    """Axial rotary angles of a grid of positions -> cos, sin (positions, head_dim / 2) each.
-
-    Every axis has its own share of the frequencies, so any length and size can be asked for.
-    """
+    """Axial rotary angles of a grid of positions -> cos, sin (positions, head_dim / 2) each. Every
+    axis has its own share of the frequencies, so any length and size can be asked for."""
     pairs = head_dim // 2
-    shares = [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3][-len(grid):]
-    shares = shares if len(grid) == 3 else [pairs]
+    shares = [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3] if len(grid) == 3 else [pairs]
     axes = torch.meshgrid(*[torch.arange(n, device=device).float() for n in grid], indexing="ij")
     angles = [axis.flatten()[:, None] * 1e4 ** -(torch.arange(n, device=device) / n)
               for axis, n in zip(axes, shares)]
@@ -241,7 +221,7 @@ def attend(q, k, v, mask=None):
     """softmax(q k^T / sqrt(head_dim)) v on (B, heads, positions, head_dim); mask True = visible."""
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    # on CPU plain products train the toy 1.8 times as fast as the fused kernel with its slow backward
+    # on CPU plain products train the toy 1.8 times as fast as the fused kernel (slow backward)
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -.5
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
@@ -250,7 +230,6 @@ def attend(q, k, v, mask=None):
 
 class Attention(nn.Module):
     """Multi-head attention with QK-norm; to itself (with rope), or to a context (with a mask)."""
-
     def __init__(self, width, heads, context_width=None):
         super().__init__()
         self.heads, head_dim = heads, width // heads
@@ -294,10 +273,7 @@ class TextLayer(nn.Module):
 
 class TextEncoder(nn.Module):
     """Bytes (B, L) -> features (B, L, text_width) and a mask (B, 1, 1, L) that hides padding.
-
-    Stands for the paper's UL2, ByT5 and MetaCLIP; trained together with the DiT.
-    """
-
+    Stands for the paper's UL2, ByT5 and MetaCLIP; trained together with the DiT."""
     def __init__(self, config):
         super().__init__()
         width, heads = config.text_width, round(config.text_width / 64)
@@ -307,21 +283,17 @@ class TextEncoder(nn.Module):
     def forward(self, tokens):
         x, mask = self.embed(tokens), (tokens != PAD)[:, None, None, :]
         rope = rope_table((tokens.shape[1],), self.head_dim, tokens.device)
-        for dynamic in (x, *rope):      # prompts differ in length: one compiled layer for all lengths
-            torch._dynamo.maybe_mark_dynamic(dynamic, int(dynamic is x))
-        torch._dynamo.maybe_mark_dynamic(mask, 3)
+        for tensor, axis in ((x, 1), (mask, 3), (rope[0], 0), (rope[1], 0)):
+            torch._dynamo.maybe_mark_dynamic(tensor, axis)      # one compilation for all lengths
         for layer in self.layers:
             x = layer(x, mask, rope)
         return rms_norm(x), mask
 
 
 class Block(nn.Module):
-    """Self-attention over all space-time tokens, cross-attention to the text, SwiGLU.
-
-    adaLN: t gives shift, scale and gate of the first and the last; one projection is shared by all
-    blocks (PixArt's adaLN-single), each adds a table of its own.
-    """
-
+    """Self-attention over all space-time tokens, cross-attention to the text, SwiGLU. adaLN: t
+    gives shift, scale and gate of the first and the last, by one projection that all blocks share
+    (PixArt's adaLN-single) and a table that each adds."""
     def __init__(self, c):
         super().__init__()
         self.attention = Attention(c.width, c.heads)
@@ -352,10 +324,8 @@ def unpatchify(tokens, p, shape):
 
 
 class DiT(nn.Module):
-    """u(x_t, y, t) = M(x_t W_in, y, t) W_out (Eq. 4). x (B, C, T', H', W'), t (B,) or a scalar in
-    [0, 1], tokens (B, L) -> velocity of x's shape. After add_motion x and u are [x, d], 2C channels.
-    """
-
+    """u(x_t, y, t) = M(x_t W_in, y, t) W_out (Eq. 4). x (B, C, T', H', W'), t (B,) or a scalar,
+    tokens (B, L) -> velocity of x's shape. After add_motion x and u are [x, d], 2C channels."""
     def __init__(self, config=DiTConfig()):
         super().__init__()
         self.config = c = config
@@ -376,15 +346,14 @@ class DiT(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         nn.init.normal_(self.text.embed.weight)
-        # every block starts as the identity (gates and cross-attention are zero), u as zero: a
-        # deep stack then trains at once (DiT's adaLN-Zero)
+        # blocks start as the identity, u as zero: a deep stack then trains at once (adaLN-Zero)
         nn.init.zeros_(self.modulation.weight)
         for block in self.blocks:
             nn.init.zeros_(block.cross.out.weight)
         nn.init.zeros_(self.W_out.weight)
 
     def add_motion(self):
-        """Sec. 4.2: W_in gets zero rows for d, W_out zero columns: u^x stays as it is to the bit."""
+        """Sec. 4.2: W_in gets zero rows for d, W_out zero columns: u^x is the same to the bit."""
         if self.config.motion:
             raise ValueError("this DiT has its motion rows already")
         self.W_in = widen_input(self.W_in, self.config.channels, channel_last=True)
@@ -401,8 +370,7 @@ class DiT(nn.Module):
         text, mask = self.text(tokens)
         torch._dynamo.maybe_mark_dynamic(text, 1)
         t = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x))
-        frequencies = 1e4 ** -(torch.arange(128, device=x.device) / 128)
-        angles = 1000 * t[:, None] * frequencies
+        angles = 1000 * t[:, None] * 1e4 ** -(torch.arange(128, device=x.device) / 128)
         emb = self.time(torch.cat([angles.cos(), angles.sin()], 1))                 # (B, width)
         modulation = self.modulation(F.silu(emb)).view(len(x), 6, c.width)
         rope = rope_table((T, H // c.patch, W // c.patch), c.width // c.heads, x.device)
@@ -415,7 +383,6 @@ class DiT(nn.Module):
 
 
 # ---------------------------------------------------------------- Sec. 4.1: flow matching (Eq. 1-3)
-
 
 def noised(x1, x0, t):
     """Eq. 1: x_t = t x_1 + (1 - t) x_0, t (B,)."""
@@ -443,25 +410,23 @@ def drop(batch, p, empty, generator=None):
 def squared_errors(model, z1, y, C, null=None, text_dropout=.3, motion_dropout=.2, uniform=False,
                    generator=None):
     """|u(z_t, y, t) - v|^2 of a batch: the integrand of Eq. 3 (C channels) and of Eq. 6 (2C).
-
     z1 (B, C or 2C, ...): x1, or [x1, d1]; y any tensor with a batch axis, null what stands for no
-    text (ours by default). The text is dropped for 30% of the samples and, independently, the noised
+    text (ours by default). Text is dropped for 30% of the samples and, independently, the noised
     motion for 20% (set to zero; its target stays, so that motion is guessed from appearance alone).
-    Returns t (B,) and the errors, averaged over positions, (B, C or 2C).
-    """
-    null = null_text(y) if null is None else null.expand_as(y)
-    # one CPU generator, whatever the device; what x needs is drawn before what d needs, so that a
-    # model without motion gets the same noise, times and dropped prompts
+    Returns t (B,) and the errors, averaged over positions, (B, C or 2C)."""
     def noise(z):
         return torch.randn(z.shape, generator=generator).to(z)
 
+    null = null_text(y) if null is None else null.expand_as(y)
+    # one CPU generator, whatever the device; what x needs is drawn before what d needs, so that a
+    # model without motion gets the same noise, times and dropped prompts
     x0, t = noise(z1[:, :C]), sample_t(len(z1), uniform, generator).to(z1)
     y = drop(y, text_dropout, null, generator)
     z0 = torch.cat([x0, noise(z1[:, C:])], 1)
     z_t = noised(z1, z0, t)
     if z1.shape[1] > C:
-        d_t = z_t[:, C:]
-        z_t = torch.cat([z_t[:, :C], drop(d_t, motion_dropout, torch.zeros_like(d_t), generator)], 1)
+        x_t, d_t = z_t.split(C, 1)
+        z_t = torch.cat([x_t, drop(d_t, motion_dropout, torch.zeros_like(d_t), generator)], 1)
     u = model(z_t, t, y)
     return t, (u - velocity(z1, z0)).square().flatten(2).mean(2)
 
@@ -473,11 +438,10 @@ def flow_matching_loss(model, x1, y, null=None, **options):
 
 # ---------------------------------------------------------------- Sec. 4.2: joint representation
 
-
 def widen(weight, axis, C, channel_last):
     """Zeros for C more channels after every patch offset's C (channel_last), or after all."""
     groups = weight.shape[axis] // C if channel_last else 1
-    parts = weight.unflatten(axis, (groups, -1))                        # (..., groups, C or all, ...)
+    parts = weight.unflatten(axis, (groups, -1))                    # (..., groups, C or all, ...)
     return torch.cat([parts, torch.zeros_like(parts)], axis + 1).flatten(axis, axis + 1)
 
 
@@ -486,7 +450,7 @@ def rebuilt(layer, weight, bias, **sizes):
     new = type(layer).__new__(type(layer))
     nn.Module.__init__(new)
     new.__dict__.update({k: v for k, v in layer.__dict__.items() if not k.startswith("_")}, **sizes)
-    if isinstance(layer, _ConvNd):                                      # (its padding is kept there)
+    if isinstance(layer, _ConvNd):                                  # (its padding is kept there)
         new._reversed_padding_repeated_twice = layer._reversed_padding_repeated_twice
     new.weight = nn.Parameter(weight)
     new.bias = None if bias is None else nn.Parameter(bias)
@@ -494,10 +458,8 @@ def rebuilt(layer, weight, bias, **sizes):
 
 
 def widen_input(layer, C, channel_last):
-    """W_in -> W_in^+: the layer (Linear over patches of C channels, or a Conv) for [x, d], 2C.
-
-    channel_last says how a Linear's patches are laid out: (offsets, C), or else (C, offsets).
-    """
+    """W_in -> W_in^+: the layer (Linear over patches of C channels, or a Conv) for [x, d], 2C. A
+    Linear's patches are laid out (offsets, C) with channel_last, else (C, offsets)."""
     weight = layer.weight.detach()
     if isinstance(layer, nn.Linear) and weight.shape[1] % C == 0:
         return rebuilt(layer, widen(weight, 1, C, channel_last), layer.bias,
@@ -509,29 +471,28 @@ def widen_input(layer, C, channel_last):
 
 
 def widen_output(layer, C, channel_last):
-    """W_out -> W_out^+: the layer that also gives d, from zero columns (and a zero bias).
-
-    A Linear, or a Conv whose outputs are patches, laid out as channel_last says, or a ConvTranspose.
-    """
+    """W_out -> W_out^+: the layer that also gives d, from zero columns (and a zero bias). A Linear
+    or Conv whose outputs are patches, laid out as channel_last says, or a ConvTranspose."""
     weight, bias = layer.weight.detach(), layer.bias
     if isinstance(layer, _ConvTransposeNd):
         axis, outputs, attribute, channel_last = 1, layer.out_channels, "out_channels", False
     else:
         axis, outputs = 0, weight.shape[0]
         attribute = "out_features" if isinstance(layer, nn.Linear) else "out_channels"
-    if not isinstance(layer, (nn.Linear, _ConvNd)) or outputs % C or getattr(layer, "groups", 1) > 1:
+    known = isinstance(layer, (nn.Linear, _ConvNd)) and getattr(layer, "groups", 1) == 1
+    if not known or outputs % C:
         raise ValueError(f"cannot widen {layer} for an output of {C} channels")
     bias = None if bias is None else widen(bias.detach(), 0, C, channel_last)
     return rebuilt(layer, widen(weight, axis, C, channel_last), bias, **{attribute: 2 * outputs})
 
 
 def joint_loss(model, x1, d1, y, null=None, **options):
-    """Eq. 6: u^+ = [u^x, u^d] against v^+, one t for both. x1, d1 (B, C, ...); the mean over all."""
+    """Eq. 6: u^+ = [u^x, u^d] against v^+, one t for both. x1, d1 (B, C, ...) -> the mean."""
     z1 = torch.cat([x1, d1], 1)
     return squared_errors(model, z1, y, x1.shape[1], null, **options)[1].mean()
 
 
-# ---------------------------------------------------------------- Sec. 4.3: Inner-Guidance (Eq. 7-8)
+# ---------------------------------------------------------------- Sec. 4.3: guidance (Eq. 7-8)
 
 GUIDANCE = ("inner", "cfg", "none", "ip2p", "composable")
 
@@ -553,11 +514,8 @@ def guidance_terms(mode, w1, w2):
 
 
 def guided_velocity(model, x, d, t, y, w1=5., w2=3., mode="inner", null=None):
-    """The guided velocity of [x, d], each (B, C, ...), at time t: u of 2C channels.
-
-    All terms run in one batch; those of weight 0 do not run. d = None: a model without motion (u of C
-    channels), for which there is only "cfg" and "none".
-    """
+    """The guided velocity of [x, d], each (B, C, ...), at time t: u of 2C channels. All terms run
+    in one batch, those of weight 0 not at all. d = None: a model without motion, cfg or none."""
     if d is None and mode not in ("cfg", "none"):
         raise ValueError(f"guidance {mode!r} needs motion: a model without it takes cfg or none")
     null = null_text(y) if null is None else null.expand_as(y)
@@ -572,11 +530,9 @@ def guided_velocity(model, x, d, t, y, w1=5., w2=3., mode="inner", null=None):
 
 # ---------------------------------------------------------------- App. C: schedule and sampler
 
-
 def linear_quadratic(steps, emulated=1000):
-    """Movie Gen's schedule: (steps + 1,) times from 0 to 1. The first half takes steps of 1/emulated,
-    the second half grows quadratically. emulated = 1280 at 64 steps is Mochi's threshold of 0.025.
-    """
+    """Movie Gen's schedule: (steps + 1,) times from 0 to 1, half of them 1/emulated apart, then
+    quadratically more. emulated = 1280 at 64 steps is Mochi's threshold of 0.025."""
     if not 1 <= steps <= emulated:
         raise ValueError(f"steps must be from 1 to {emulated}, got {steps}")
     i = torch.arange(steps + 1, dtype=torch.float64)
@@ -586,11 +542,8 @@ def linear_quadratic(steps, emulated=1000):
 
 @torch.no_grad()
 def euler_sample(model, x, d, y, times, w1=5., w2=3., mode="inner", null=None, progress=None):
-    """From noise x, d (B, C, ...) at times[0] to times[-1] by Euler steps: returns x, d.
-
-    The motion guidance w2 acts in the first half of the steps only: there the coarse motion is
-    decided (App. C). d = None for a model without motion.
-    """
+    """From noise x, d (B, C, ...) at times[0] to times[-1] by Euler steps: returns x, d. w2 acts in
+    the first half of the steps only: there motion is decided (App. C). d = None: no motion."""
     steps, C = len(times) - 1, x.shape[1]
     z = x if d is None else torch.cat([x, d], 1)
     for i in tqdm(range(steps), desc=progress, disable=progress is None):
@@ -601,7 +554,6 @@ def euler_sample(model, x, d, y, times, w1=5., w2=3., mode="inner", null=None, p
 
 
 # ---------------------------------------------------------------- App. C: sizes
-
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
@@ -637,12 +589,10 @@ PRESETS = {
 }
 
 
-# ---------------------------------------------------------------- the bundle: one file, ready to run
-
+# ---------------------------------------------------------------- the bundle: one file, all of it
 
 class VideoJAM:
     """A TAE, a DiT and their preset. `which` says which DiT: "jam", "base" or "control"."""
-
     def __init__(self, config, tae, dit, which="jam"):
         self.config, self.tae, self.dit, self.which = config, tae.eval(), dit.eval(), which
 
@@ -650,8 +600,7 @@ class VideoJAM:
         """Writes one file: config, TAE, this DiT and the `others` (name=DiT), in half precision."""
         def half(module):
             return {k: v.detach().half().contiguous() for k, v in module.state_dict().items()}
-        dits = {self.which: self.dit, **others}
-        config = dataclasses.asdict(self.config)
+        dits, config = {self.which: self.dit, **others}, dataclasses.asdict(self.config)
         config["dit"]["motion"] = False                 # a matter of each DiT, not of the preset
         content = {"kind": "videojam", "config": config, "tae": half(self.tae),
                    "dits": {name: half(dit) for name, dit in dits.items()}}
@@ -659,7 +608,7 @@ class VideoJAM:
 
     @classmethod
     def load(cls, path=ROOT / "weights/toy.pt", which="jam", device="cpu"):
-        """The bundle at `path` with the DiT `which`. ValueError, in one line, for any other file."""
+        """The bundle at `path` with the DiT `which`. One line of ValueError for any other file."""
         content = read_file(path, "videojam")
         if which not in content.get("dits", {}):
             raise ValueError(f"{path}: has no {which!r} model, only "
@@ -680,11 +629,9 @@ class VideoJAM:
     @torch.no_grad()
     def generate(self, prompts, steps=100, w1=5., w2=3., seed=0, mode=None, emulated=1000, batch=16,
                  progress=None):
-        """List of prompts -> video and motion as RGB (None without motion), (B, T, 3, H, W) in [0, 1].
-
-        mode: a guidance of GUIDANCE, by default "inner", or "cfg" for a model without motion. Sample
-        i starts from the noise of seed + i, the same for every model. Runs in bf16 autocast.
-        """
+        """List of prompts -> video, RGB motion (None without motion): (B, T, 3, H, W) in [0, 1].
+        mode: one of GUIDANCE; by default "inner", without motion "cfg". Sample i starts from the
+        noise of seed + i, the same for every model. Runs in bf16 autocast."""
         if not prompts:
             raise ValueError("no prompt: give at least one")
         device, motion = next(self.dit.parameters()).device, self.dit.config.motion

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from conftest import ROOT, bad_weights
 
 import flow as script
-from flow import (COLOURS, DIRECTIONS, HELD_OUT, MOTIONS, RAFT, SHAPES, correlation_pyramid,
-                  estimate_flow, flow_scenes, flow_to_rgb, is_held_out, look_up, rgb_to_flow,
-                  sprite_clip, sprite_clips, sprite_scene, write_file)
+from flow import (COLOURS, DIRECTIONS, HELD_OUT, MOTIONS, RAFT, SHAPES, bouncing,
+                  correlation_pyramid, estimate_flow, flow_scenes, flow_to_rgb, is_held_out,
+                  look_up, rgb_to_flow, sprite_clip, sprite_clips, sprite_scene, write_file)
 
 # ---------------------------------------------------------------- Eq. 5
 
@@ -150,6 +150,13 @@ def test_what_falls_follows_parabolas_and_loses_energy_at_each_bounce():
         assert y.max() == pytest.approx(4 - scene["sprites"][0]["radius"], abs=.02)
 
 
+@pytest.mark.parametrize("y0, restitution", [(.2, 0), (.2, .01), (.2, .999), (.2, 1), (.9, .7)])
+def test_bouncing_ends_whatever_is_left_of_the_speed(y0, restitution):
+    y = bouncing(np.linspace(0, 1, 100), y0, .9, .3, restitution)
+    assert y[0] == y0 and y0 - 1e-9 <= y.min() and y.max() <= .9
+    assert restitution > .1 or y[-1] == pytest.approx(.9)
+
+
 def test_collisions_conserve_momentum_and_do_not_gain_energy():
     for scene, paths, dt in paths_of("collide", 20):
         v = np.diff(np.stack(paths)[..., 0]) / dt                       # (2, T - 1), equal masses
@@ -195,6 +202,13 @@ def test_a_seed_is_the_same_clip_in_any_batch_and_the_same_scene_at_any_size():
     small, large = (sprite_clip(5, 6, size)[3]["sprites"][0]["path"] for size in (32, 64))
     np.testing.assert_allclose(large[:, :2], 2 * small[:, :2])
     assert 0 <= video.min() and video.max() <= 1 and len(set(captions)) == 3
+
+
+def test_a_clip_may_have_one_frame():
+    for seed in range(20):                      # all kinds of motion, collisions too
+        video, flow, _, _ = sprite_clip(seed, 1, 32)
+        assert video.shape == (1, 3, 32, 32) and flow.shape == (1, 2, 32, 32)
+        assert video.std() > .05 and not flow.any()
 
 
 def test_the_first_named_sprite_is_in_front_and_captions_tell_everything():

@@ -124,6 +124,7 @@ def test_a_prompt_that_is_too_long_is_said_and_cut_between_characters(draw, bund
     (("--prompts", "missing.txt"), "cannot read missing.txt"),
     (("--prompts", "latin.txt"), "cannot read latin.txt"), ((PROMPT, "--steps", 0), "--steps"),
     ((PROMPT, "--steps", -3), "--steps"), ((PROMPT, "--steps", 1001), "1000"),
+    ((PROMPT, "--device", "bad"), "--device bad: no such device"),
     ((PROMPT, "--n", 0), "--n"), ((PROMPT, "--upscale", 0), "--upscale"),
     ((PROMPT, "--out", "nowhere/a.mp4"), "nowhere"),
     ((PROMPT, "--out", "empty.txt/a.mp4"), "empty.txt"),
@@ -173,7 +174,9 @@ def test_files_that_are_not_weights_are_refused_and_run_no_code(refuses, bundle,
     assert not (tmp_path / "a.mp4").exists() and not (tmp_path / "ran").exists()
 
 
-def test_a_bundle_without_the_base_model_cannot_be_compared(refuses, bundle, tmp_path):
+def test_a_bundle_without_the_base_model_cannot_be_compared_and_says_so_at_once(
+        refuses, bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr(VideoJAM, "generate", None)
     jam = VideoJAM.load(bundle / "model.pt")
     VideoJAM(TINY, jam.tae, tiny_dit()).save(tmp_path / "model.pt")
     assert "has no 'base' model" in refuses(sample.main, PROMPT, "--run", tmp_path, "--compare",

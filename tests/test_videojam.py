@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, TINY, bad_weights, randomised, tiny_dit
 from torch import nn
 
-from videojam import (END, GUIDANCE, PAD, PRESETS, TAE, DiT, SpaceTimeConv, VideoJAM, drop,
+from videojam import (END, GUIDANCE, PAD, PRESETS, TAE, DiT, SpaceTimeConv, VideoJAM, attend, drop,
                       euler_sample, flow_matching_loss, guided_velocity, joint_loss,
                       linear_quadratic, noised, null_text, patchify, sample_t, squared_errors,
                       tae_loss, tokenize, unpatchify, velocity, widen_input, widen_output)
@@ -57,6 +58,9 @@ def test_tae_convolution_is_its_spatial_one_at_initialisation(stride):
     conv, x = SpaceTimeConv(3, 5, stride), torch.rand(2, 4, 6, 6, 3)
     frames = [conv.space(x[:, k].permute(0, 3, 1, 2)) for k in range(0, 4, stride[0])]
     torch.testing.assert_close(conv(x), torch.stack(frames, 1).permute(0, 1, 3, 4, 2))
+    # and that is a rotation of each pixel's channels
+    norms = x[:, ::stride[0], ::stride[1], ::stride[1]].norm(dim=-1)
+    torch.testing.assert_close(conv(x).norm(dim=-1), norms)
 
 
 def test_tae_pads_time_by_repetition_so_a_still_video_has_a_still_latent():
@@ -77,23 +81,27 @@ def test_tae_standardises_videos_and_motion_by_their_own_statistics_and_back():
         torch.testing.assert_close(tae.decode(latent, motion), decoded, atol=1e-4, rtol=1e-4)
 
 
-def test_tae_loss_is_l1_and_kl_and_the_outlier_penalty():
+def test_tae_loss_is_l1_and_mse_and_kl_and_the_outlier_penalty():
     tae, video = randomised(TAE(TINY.tae)), torch.rand(2, 3, 3, 16, 16)
 
-    def loss(kl, outliers):
-        return tae_loss(tae, video, kl, outliers, r=1, generator=torch.Generator().manual_seed(0))
+    def loss(kl, outliers, mse=0):
+        return tae_loss(tae, video, mse, kl, outliers, 1, torch.Generator().manual_seed(0))
 
     mean, log_var = tae.posterior(video)
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
+    decoded = tae.pixels(mean + (log_var / 2).exp() * noise)[:, :3]
+    torch.testing.assert_close(loss(0, 0), F.l1_loss(decoded, video))
+    squares = loss(0, 0, 2) - loss(0, 0)
+    torch.testing.assert_close(squares, 2 * F.mse_loss(decoded, video), rtol=1e-3, atol=1e-3)
     normal = torch.distributions.Normal
     kl = torch.distributions.kl_divergence(normal(mean, (log_var / 2).exp()), normal(0., 1.)).mean()
     torch.testing.assert_close(loss(1, 0) - loss(0, 0), kl, rtol=1e-3, atol=1e-3)
     excess = []
-    for clip in mean.detach().flatten(1, 3):                 # positions further out than one deviation
+    for clip in mean.detach().flatten(1, 3):            # positions further out than one deviation
         spread = clip.var(0).sum().sqrt()
         excess += [max(0, (z - clip.mean(0)).norm() - spread) for z in clip]
     penalty = (loss(0, 1) - loss(0, 0)).item()
     assert penalty == pytest.approx(float(sum(excess)) / len(excess), rel=1e-2)
-    assert loss(0, 0) > 0
 
 
 @pytest.mark.parametrize("shape", [(4, 3, 16, 16), (1, 4, 4, 16, 16), (1, 4, 3, 18, 16),
@@ -132,6 +140,14 @@ def test_padding_is_seen_as_nothing():
 
 
 # ---------------------------------------------------------------- Sec. 4.1: DiT, Eq. 1-4
+
+
+@pytest.mark.parametrize("mask", (None, torch.tensor([[1, 1, 0, 1, 0], [0, 1, 1, 1, 1]]) > 0))
+def test_attention_on_cpu_is_torchs(mask):
+    q, k, v = torch.randn(2, 3, 7, 8), *torch.randn(2, 2, 3, 5, 8)
+    mask = None if mask is None else mask[:, None, None]
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    torch.testing.assert_close(attend(q, k, v, mask), expected)
 
 
 def test_patchify_puts_channels_last_within_a_patch_and_comes_back():
