@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from flow import (COLOURS, DIRECTIONS, HELD_OUT, ROOT, SHAPES, TRAVEL, TURNS, bouncing, flow_to_rgb,
                   report_errors, signed_distance, sprite_clips)
+from train import can_compile
 from videojam import DiT, VideoJAM, euler_sample, linear_quadratic, squared_errors, tokenize
 
 # ---------------------------------------------------------------- tracking a sprite
@@ -200,6 +201,8 @@ def sprites(args):
     results["through the TAE"] = judge(torch.cat(coded), scenes)
     for which, options in (("base", {}), ("control", {}), ("jam", {"w2": 0.}), ("jam", {})):
         model = VideoJAM.load(weights, which)
+        if can_compile(torch.device("cpu")):
+            model.dit.compile_blocks()
         name = which + (f", w2 = {options.get('w2', args.w2):g}" if which == "jam" else "")
         video, _ = model.generate(captions, steps=args.steps, batch=50, seed=HELD_OUT, w1=args.w1,
                                   progress=name, **{"w2": args.w2, **options})
@@ -250,8 +253,8 @@ def speed(args):
 
     def training_step(model):
         model = model.train()
-        for block in [*model.blocks, *model.text.layers]:
-            block.compile()
+        if can_compile(torch.device("cpu")):
+            model.compile_blocks()
         optimizer = torch.optim.AdamW(model.parameters(), 0., fused=True)
         z = torch.randn(batch, C * (1 + model.config.motion), *shape[1:])
 

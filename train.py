@@ -36,8 +36,8 @@ STAGES = ("tae", "encode", "base", "jam", "control")
 # preset -> stage -> (steps, learning rate, batch); encode's "steps" are clips. The toy's are what
 # fits 15 minutes; the paper's fine-tuning is 50,000 x 32 (4b) and 35,000 x 256 (30b) at 5e-6
 DEFAULTS = {
-    "toy": {"tae": (1000, 1e-3, 4), "encode": (8192, 0, 32), "base": (2600, 1e-3, 32),
-            "jam": (1000, 5e-4, 32), "control": (1000, 5e-4, 32)},
+    "toy": {"tae": (1000, 1e-3, 4), "encode": (6144, 0, 32), "base": (1600, 1e-3, 32),
+            "jam": (500, 5e-4, 32), "control": (500, 5e-4, 32)},
     "small": {"tae": (50_000, 3e-4, 8), "encode": (100_000, 0, 8), "base": (200_000, 2e-4, 64),
               "jam": (20_000, 5e-5, 64), "control": (20_000, 5e-5, 64)},
     "4b": {"tae": (300_000, 1e-4, 32), "encode": (3_000_000, 0, 1), "base": (500_000, 1e-4, 256),
@@ -156,6 +156,11 @@ def device_of(name):
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):
         raise ValueError(f"--device {name}: no such device, take cpu or cuda") from None
+
+
+def can_compile(device):
+    """torch.compile needs a C++ compiler on a CPU."""
+    return device.type != "cpu" or shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def write_video(path, video, fps, scale=None):
@@ -304,8 +309,7 @@ def optimize(run, stage, model, loss_of, preview, finish=lambda ema: None, origi
         write_file(run.out / f"{stage}.pt", lambda temporary: torch.save(content, temporary))
 
     if run.args.compile and isinstance(model, DiT):
-        for block in [*model.blocks, *model.text.layers]:
-            block.compile()
+        model.compile_blocks()
     saved, recent, every = time.time(), [], max(1, min(50, steps // 10))
     bar = tqdm(total=steps, initial=step, desc=stage, smoothing=.05)
     stopped = []                                            # Ctrl-C waits for the end of the step
@@ -489,9 +493,8 @@ def parse():
         args.data = str(Path(args.data).resolve())
     args.out = args.out or f"runs/{Path(args.data).name if args.data else args.preset}"
     args.device = device_of(args.device)
-    if args.compile is None:                        # on a CPU, torch.compile needs a C++ compiler
-        compiler = shutil.which(os.environ.get("CXX", "g++"))
-        args.compile = args.device.type != "cpu" or compiler is not None
+    if args.compile is None:
+        args.compile = can_compile(args.device)
     return args
 
 
