@@ -181,15 +181,20 @@ def judge(video, scenes):
     return rows
 
 
+def weights_of(args):
+    return Path(args.run) / "model.pt" if args.run else ROOT / "weights/toy.pt"
+
+
 def percent(values):
     return "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * v for v in interval(values)))
 
 
 def sprites(args):
-    weights = Path(args.run) / "model.pt" if args.run else ROOT / "weights/toy.pt"
-    config = VideoJAM.load(weights).config
+    weights = weights_of(args)
+    bundle = VideoJAM.load(weights)
+    config, tae = bundle.config, bundle.tae
     real, flow, captions, scenes = held_out_clips(args.n, config.frames, config.size)
-    results, tae = {"real clips": judge(real, scenes)}, VideoJAM.load(weights).tae
+    results = {"real clips": judge(real, scenes)}
     with torch.no_grad():
         coded, psnr = [], []
         for video, motion in zip(real.split(50), flow_to_rgb(flow).split(50)):
@@ -244,7 +249,7 @@ def median_time(function, repeats=7):
 
 
 def speed(args):
-    weights = Path(args.run) / "model.pt" if args.run else ROOT / "weights/toy.pt"
+    weights = weights_of(args)
     base, jam = (VideoJAM.load(weights, which) for which in ("base", "jam"))
     preset, batch, result = base.config, args.batch, {}
     shape = preset.latent_shape()

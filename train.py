@@ -395,13 +395,13 @@ def encode(run):
     clips, _, batch = run.setting("encode")
     folder = run.out / "latents"
     folder.mkdir(exist_ok=True)
-    _, tae_step = run.finished("tae", TAE(run.preset.tae))
+    tae, tae_step = run.finished("tae", TAE(run.preset.tae))
     stamp = folder / "tae_step"
     if stamp.exists() and int(stamp.read_text()) != tae_step:
         raise ValueError(f"{folder} was encoded by the TAE of step {stamp.read_text()}, it is now "
                          f"at {tae_step}: delete it and the stages after it, or take another --out")
     write_file(stamp, lambda temporary: temporary.write_text(str(tae_step)))
-    tae, shards = run.tae(), -(-clips // SHARD)
+    shards = -(-clips // SHARD)
     missing = [s for s in range(shards) if not (folder / f"{s:05d}.json").exists()]
     print(f"encode: {clips} clips in {shards} shards of {SHARD}, {len(missing)} to do")
     for shard in tqdm(missing, desc="encode", unit_scale=SHARD, unit="clip"):
