@@ -1,25 +1,41 @@
-"""Measures what the README reports.
+"""The paper's experiments, with the control that it did not have, on the sprite world.
 
-    python bench.py sprites         is the named sprite there, and does it move as named? (--n 500)
-    python bench.py speed           training step, sampling, rendering; JSON on the last line
+    python bench.py                         all of them (--quick for a look): runs/bench/report.html
+    python bench.py compare --n 500         one: motivation, compare, ablation, sdedit, speed
+    python bench.py metrics FOLDER          VBench's motion metrics of anybody's videos
+    python bench.py generate PROMPTS.txt FOLDER     samples of a prompt file, named as for VBench
+    python bench.py rate A/ B/              a page that asks people which is better
+    python bench.py votes votes-*.json      the table of their votes
 
-`sprites` tracks the sprite of a clip by its colour, recognises its shape, and fits the family of
-motions that the prompt names: least squares over the scene's own physics, in px.
+A sprite is tracked by its colour, its shape is the nearest template, and its path is fitted by the
+motion that the prompt names: least squares over the scene's own physics, in px.
 """
 import argparse
+import base64
+import html
 import json
 import math
+import os
+import re
+import resource
+import shlex
+import sys
 import time
 from pathlib import Path
 
+import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
-from flow import (COLOURS, DIRECTIONS, HELD_OUT, ROOT, SHAPES, TRAVEL, TURNS, bouncing, flow_to_rgb,
-                  report_errors, signed_distance, sprite_clips)
-from train import can_compile
-from videojam import DiT, VideoJAM, euler_sample, linear_quadratic, squared_errors, tokenize
+from flow import (COLOURS, DIRECTIONS, HELD_OUT, RAFT, ROOT, SHAPES, TRAVEL, TURNS, bouncing,
+                  estimate_flow, flow_to_rgb, report_errors, rgb_to_flow, signed_distance,
+                  sprite_clips, write_file)
+from train import can_compile, device_of, grid, read_lines, write_video
+from videojam import (VideoJAM, euler_sample, linear_quadratic, noised, squared_errors, tokenize,
+                      velocity)
 
 # ---------------------------------------------------------------- tracking a sprite
 
@@ -36,7 +52,8 @@ def track(video, colour, shape):
     """Follows a sprite by its colour through (T, 3, S, S) on a plain background.
 
     Returns `there` (T,) bool: something of that colour and of a sprite's size is seen, nothing of
-    another colour; `shape`, the likeliest; `path` (T, 3): x, y in px, angle of the named shape."""
+    another colour; `shape`, the likeliest; `path` (T, 3): x, y in px, angle of the named shape;
+    `alpha` (T, S, S): where that colour is, from 0 to 1."""
     T, _, S, _ = video.shape
     background = video.permute(1, 0, 2, 3).flatten(1).median(1).values
     towards = torch.tensor(COLOURS[colour]) - background
@@ -47,9 +64,9 @@ def track(video, colour, shape):
     area = alpha.sum((1, 2))
     other = ((offset.norm(dim=1) > .35) & (residual > .35)).sum((1, 2))
     there = (area > .01 * S * S) & (area < .15 * S * S) & (other < .006 * S * S)
-    grid = torch.arange(S) + .5
+    centres = torch.arange(S) + .5
     total = area.clamp(min=1e-6)
-    x, y = (alpha.sum(1) * grid).sum(1) / total, (alpha.sum(2) * grid).sum(1) / total
+    x, y = (alpha.sum(1) * centres).sum(1) / total, (alpha.sum(2) * centres).sum(1) / total
 
     # shape and angle: the template that is nearest, at the tracked centre and of the same area
     half = int(.22 * S)
@@ -77,7 +94,21 @@ def track(video, colour, shape):
     if PERIOD[shape]:                                   # the shortest way from frame to frame
         angle = np.unwrap(angle, period=PERIOD[shape])
     path = np.stack([x.double().numpy(), y.double().numpy(), angle], 1)
-    return there, min(errors, key=errors.get), path
+    return there, min(errors, key=errors.get), path, alpha
+
+
+def blobs(mask, least):
+    """How many connected regions (corners connect) of at least `least` pixels (T, S, S) has."""
+    T, S, _ = mask.shape
+    label = torch.arange(1., S * S + 1).view(1, S, S) * mask
+    while True:                                         # the largest label spreads over its region
+        spread = F.max_pool2d(label, 3, 1, 1) * mask
+        if torch.equal(spread, label):
+            break
+        label = spread
+    sizes = torch.zeros(T, S * S + 1)
+    sizes.scatter_add_(1, label.flatten(1).long(), mask.float().flatten(1))
+    return (sizes[:, 1:] >= least).sum(1)
 
 
 # ---------------------------------------------------------------- fitting the named motion
@@ -97,8 +128,10 @@ def in_range(value, low, high, slack=.3):
 def fit_motion(kind, phrase, path, size, radius=.145):
     """Fits a motion of the scene's family to a tracked path (T, 3).
 
-    Returns the RMS error of the centre in px, and whether it is the named motion: an error under
-    2.5% of the frame's width, in the named direction, of an amount that such scenes have."""
+    Returns the RMS error of a coordinate of the centre in px; whether it is the named motion (an
+    error under 2.5% of the frame's width, in the named direction, of an amount that such scenes
+    have); and that amount: widths travelled, length, radius, turns, or the share of energy that a
+    bounce keeps."""
     T, words = len(path), phrase.split()
     tau, one = np.linspace(0, 1, T), np.ones(T)
     x, y, angle = path[:, 0] / size, path[:, 1] / size, path[:, 2]
@@ -115,43 +148,127 @@ def fit_motion(kind, phrase, path, size, radius=.145):
         rms, c, _ = least_squares(planar((tau, zero), (zero, tau)), both)
         along = c[2] * DIRECTIONS[word][0] + c[3] * DIRECTIONS[word][1]
         across = abs(c[2] * DIRECTIONS[word][1]) + abs(c[3] * DIRECTIONS[word][0])
-        good = in_range(along, *TRAVEL[speed]) and across < .3 * along
+        good, amount = in_range(along, *TRAVEL[speed]) and across < .3 * along, along
     elif kind == "zigzag":
         tooth = np.abs((2 * tau + .5) % 1 * 2 - 1)
         rms, c, _ = least_squares(planar((tau, zero), (zero, tooth)), both)
-        good = in_range(c[2] * DIRECTIONS[word][0], .45, .6) and in_range(c[3], .2, .3)
+        amount = c[2] * DIRECTIONS[word][0]
+        good = in_range(amount, .45, .6) and in_range(c[3], .2, .3)
     elif kind == "swing":
         family = [(a, n, p) for a in np.linspace(.5, 1, 11) for n in np.linspace(.6, 1.4, 33)
                   for p in (0, np.pi)]
         theta = [a * np.cos(2 * np.pi * n * tau + p) for a, n, p in family]
         rms, c, best = least_squares(np.concatenate(
             [planar((np.sin(t), np.cos(t))) for t in theta]), both)
-        good = in_range(c[2], .3, .4) and in_range(family[best][1], .8, 1.2, .15)
+        amount = c[2]
+        good = in_range(amount, .3, .4) and in_range(family[best][1], .8, 1.2, .15)
     elif kind == "orbit":
         sign = 1 if word == "clockwise" else -1
         theta = [2 * np.pi * n * tau for n in np.linspace(.6, 1.4, 33) * sign]
         rms, c, best = least_squares(np.concatenate(
             [planar((np.cos(t), np.sin(t)), (-np.sin(t), np.cos(t))) for t in theta]), both)
-        good = in_range(np.hypot(c[2], c[3]), .18, .28)
+        amount = np.hypot(c[2], c[3])
+        good = in_range(amount, .18, .28)
     elif kind == "spin":
         rms, _, _ = least_squares(planar(), both)
         off, c, _ = least_squares(np.stack([one, tau], -1)[None], angle)
-        turns = c[1] / (2 * np.pi) * (1 if word == "clockwise" else -1)
+        amount = c[1] / (2 * np.pi) * (1 if word == "clockwise" else -1)      # turns
         rms = np.hypot(rms, off * radius)               # an angle's error, at the sprite's edge
-        good = in_range(turns, *TURNS[speed])
+        good = in_range(amount, *TURNS[speed])
     elif kind == "fall":
         family = [(f, e) for f in np.linspace(.25, .5, 26) for e in np.linspace(.5, .9, 9)]
         rms, c, best = least_squares(np.concatenate(
             [planar((zero, bouncing(tau, 0, 1, f, e))) for f, e in family]), both)
-        good = in_range(c[2], 1 - .4 - .17, 1 - 2 * .12)
-    return rms * size, bool(good and rms < .025)
+        good, amount = in_range(c[2], 1 - .4 - .17, 1 - 2 * .12), family[best][1] ** 2
+    return rms * size, bool(good and rms < .025), float(amount)
 
 
-# ---------------------------------------------------------------- python bench.py sprites
+# ---------------------------------------------------------------- statistics: every number's n
 
-def held_out_clips(n, frames, size):
-    """The first n held-out clips with one sprite: video, captions, scenes."""
-    seeds, chosen = HELD_OUT + 10_000, []
+def interval(values, statistic=np.mean):
+    """[value, low, high]: a statistic and its 95% bootstrap interval over prompts."""
+    values, rng = np.asarray(values, float), np.random.default_rng(0)
+    draws = statistic(values[rng.integers(len(values), size=(2000, len(values)))], axis=1)
+    return [float(statistic(values)), *map(float, np.percentile(draws, [2.5, 97.5]))]
+
+
+def paired(a, b):
+    """Mean of a - b over prompts, 95% bootstrap interval, and p of a sign-flip permutation test."""
+    difference, rng = np.asarray(a, float) - np.asarray(b, float), np.random.default_rng(0)
+    flipped = (rng.choice([-1, 1], (5000, len(difference))) * difference).mean(1)
+    p = (1 + (np.abs(flipped) >= abs(difference.mean()) - 1e-12).sum()) / 5001
+    return [*interval(difference), float(p)]
+
+
+def cell(values, scale=1, statistic=np.mean):
+    """A table's cell: value [low, high], over the clips that have one."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return "-"
+    return "{:.{k}f} [{:.{k}f}, {:.{k}f}]".format(
+        *(scale * v for v in interval(values, statistic)), k=1 if scale == 100 else 2)
+
+
+# ---------------------------------------------------------------- metrics of any video (VBench's)
+
+def warp(image, flow):
+    """image (B, 3, H, W) looked up at x + flow(x), flow (B, 2, H, W) in px."""
+    B, _, H, W = image.shape
+    y, x = torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij")
+    at = torch.stack([x, y]).to(flow) + flow
+    at = at.permute(0, 2, 3, 1) * 2 / torch.tensor([W - 1, H - 1]).to(flow) - 1
+    return F.grid_sample(image, at, padding_mode="border", align_corners=True)
+
+
+def vbench(video, fps, raft, flow=None):
+    """VBench's motion metrics of a video (T, 3, H, W) in [0, 1], by its formulas.
+
+    dynamic: dynamic_degree (of RAFT's flow, ours being the small model); flicker:
+    temporal_flickering; smooth: motion_smoothness, but the odd frames are interpolated by RAFT's
+    flow between the even ones, not by AMT, so it compares with VBench's only in order. `flow`,
+    where it is known: RAFT's, of frames 1/8 s apart. None for what too short a video has not."""
+    def flow_of(frames):
+        return estimate_flow(raft, frames[None])[0, :-1]
+
+    some, even = video[::max(1, round(fps / 8))], video[::2]
+    H, W = video.shape[-2:]
+    dynamic = flicker = smooth = None
+    if len(some) > 1:
+        size = (flow_of(some) if flow is None else flow[:-1]).norm(dim=1).flatten(1)
+        top = size.topk(max(1, int(.05 * H * W)), 1).values.mean(1)
+        dynamic = bool((top > 6 * min(H, W) / 256).sum() >= round(4 * len(some) / 16))
+    if len(video) > 1:
+        flicker = 1 - (video[1:] - video[:-1]).abs().mean().item()
+    if len(even) > 1:                   # halfway from both sides, each by its own flow
+        ahead, back = flow_of(even), flow_of(even.flip(0)).flip(0)
+        middle = (warp(even[:-1], -ahead / 2) + warp(even[1:], -back / 2)) / 2
+        smooth = 1 - (video[1::2][:len(middle)] - middle).abs().mean().item()
+    return {"dynamic": dynamic, "flicker": flicker, "smooth": smooth}
+
+
+def frame_statistics(video):
+    """(N, T, 3, H, W) -> (N T, 27): colour, contrast and edges of every frame, by thirds of it."""
+    frames = video.flatten(0, 1)
+    edges = F.pad((frames[..., 1:] - frames[..., :-1]).abs(), (0, 1))
+    parts = [F.adaptive_avg_pool2d(x, (3, 1)) for x in (frames, frames.square(), edges)]
+    return torch.cat(parts, 1).flatten(1).double()
+
+
+def frechet(a, b):
+    """Frechet distance of two sets of features (n, k), in units of b's standard deviations."""
+    scale = b.std(0).clamp(min=1e-6)
+    a, b = a / scale, b / scale
+    (mean_a, cov_a), (mean_b, cov_b) = ((x.mean(0), x.T.cov()) for x in (a, b))
+    cross = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()
+    return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
+
+
+# ---------------------------------------------------------------- the sprite world's own metrics
+
+def held_out_clips(n, frames, size, start=HELD_OUT + 10_000):
+    """The first n held-out clips with one sprite on a plain background, from a seed on: video,
+    flow, captions, scenes."""
+    seeds, chosen = start, []
     while len(chosen) < n:
         video, flow, captions, scenes = sprite_clips(range(seeds, seeds + 64), frames, size, rich=0)
         chosen += [(v, f, c, s) for v, f, c, s in zip(video, flow, captions, scenes)
@@ -161,169 +278,649 @@ def held_out_clips(n, frames, size):
     return torch.stack(video), torch.stack(flow), list(captions), list(scenes)
 
 
-def interval(values, statistic=np.mean):
-    """[value, low, high]: a statistic and its 95% bootstrap interval over prompts."""
-    values, rng = np.asarray(values, float), np.random.default_rng(0)
-    draws = statistic(values[rng.integers(len(values), size=(2000, len(values)))], axis=1)
-    return [float(statistic(values)), *map(float, np.percentile(draws, [2.5, 97.5]))]
-
-
 def judge(video, scenes):
-    """Per clip: whether the sprite is there throughout, in shape, its motion error and verdict."""
+    """Per clip: is the sprite there throughout, alone, in shape; its motion, error and verdict."""
     rows = []
     for clip, scene in zip(video, scenes):
-        sprite = scene["sprites"][0]
-        there, shape, path = track(clip, sprite["colour"], sprite["shape"])
-        error, named = fit_motion(sprite["kind"], sprite["phrase"], path, clip.shape[-1])
-        rows.append({"kind": sprite["kind"], "there": bool(there.all()),
-                     "shape": shape == sprite["shape"], "held_out": scene["held_out"],
-                     "error": error, "named": named and bool(there.all())})
+        sprite, S = scene["sprites"][0], clip.shape[-1]
+        there, shape, path, alpha = track(clip, sprite["colour"], sprite["shape"])
+        error, named, amount = fit_motion(sprite["kind"], sprite["phrase"], path, S)
+        speeds = {"move": TRAVEL, "spin": TURNS}.get(sprite["kind"])
+        word = sprite["phrase"].split()[-1]
+        rows.append({
+            "kind": sprite["kind"], "held_out": scene["held_out"], "there": bool(there.all()),
+            "one": bool((blobs(alpha > .5, .003 * S * S) == 1).all()),
+            "shape": shape == sprite["shape"], "named": named and bool(there.all()),
+            # what is not there has no motion to be off, what does not bounce no energy to keep
+            "error": error if there.all() else None,
+            "speed": speeds and in_range(amount, *speeds[word if word in speeds else ""]),
+            "energy": amount if sprite["kind"] == "fall" and named else None})
     return rows
+
+
+class World:
+    """What every experiment starts from: held-out clips, the bundle's models, and their samples."""
+    def __init__(self, args):
+        self.args, self.raft, self.models = args, RAFT.load(), {}
+        for which in ("jam", "base", "control"):
+            try:
+                self.models[which] = VideoJAM.load(weights_of(args), which)
+            except ValueError:
+                if which == "jam":
+                    raise
+                print(f"{weights_of(args)}: no {which} model, its rows are left out")
+                continue
+            if can_compile(torch.device("cpu")):
+                self.models[which].dit.compile_blocks()
+        self.config, self.tae = self.models["jam"].config, self.models["jam"].tae
+        self.video, self.flow, self.captions, self.scenes = held_out_clips(
+            args.n, self.config.frames, self.config.size)
+        self.done = {}
+
+    def sample(self, which="jam", **options):
+        """Video and RGB motion for the prompts; prompt i starts from the noise of HELD_OUT + i."""
+        key = which, *sorted(options.items())
+        if key not in self.done:
+            defaults = {"steps": self.args.steps, "w1": self.args.w1, "w2": self.args.w2}
+            self.done[key] = self.models[which].generate(
+                self.captions, seed=HELD_OUT, batch=50, progress=f"{which} {options or ''}",
+                **{**defaults, **options})
+        return self.done[key]
+
+    @torch.no_grad()
+    def latents(self, video, flow):
+        """Latents x1, d1 of clips and of their flow, and noise x0, d0 for them."""
+        x1, d1 = self.tae.encode(video), self.tae.encode(flow_to_rgb(flow), True)
+        generator = torch.Generator().manual_seed(HELD_OUT)
+        return x1, d1, *(torch.randn(x1.shape, generator=generator) for _ in range(2))
+
+
+PHYSICS = (("there, in its colour, in all frames %", "there", 100), ("one sprite %", "one", 100),
+           ("of the named shape %", "shape", 100), ("moves as named %", "named", 100),
+           ("median motion error of those there, px", "error", 1),
+           ("speed as named %", "speed", 100),
+           ("energy kept by a bounce", "energy", 1))
+
+
+def physics_table(results):
+    rows = [[name, *(cell([r[key] for r in rows], scale, np.median if key == "error" else np.mean)
+                     for _, key, scale in PHYSICS)] for name, rows in results.items()]
+    return ["", *(title for title, _, _ in PHYSICS)], rows
+
+
+def paired_table(results, against):
+    """Every model minus one, over the same prompts and noise."""
+    table = []
+    for name in results:
+        if name in (against, "real clips", "through the TAE"):
+            continue
+        row = [f"{name} minus {against}"]
+        for key, scale in (("named", 100), ("error", 1)):
+            pairs = [(a[key], b[key]) for a, b in zip(results[name], results[against])
+                     if a[key] is not None and b[key] is not None]
+            if not pairs:
+                row.append("-")
+                continue
+            *values, p = paired(*zip(*pairs))
+            row.append("{:+.{k}f} [{:+.{k}f}, {:+.{k}f}], p = {:.3f}, n = {}".format(
+                *(scale * v for v in values), p, len(pairs), k=1 if scale == 100 else 2))
+        table.append(row)
+    return ["", "moves as named, points", "motion error where both are there, px"], table
+
+
+# ---------------------------------------------------------------- the experiments
+
+def motivation(world):
+    """Sec. 3, Fig. 3: the appearance loss before and after the frames are permuted."""
+    config, n = world.config, min(world.args.n, 64)
+    seeds, rng = [scene["seed"] for scene in world.scenes[:n]], np.random.default_rng(0)
+    orders = [rng.permutation(config.frames) for _ in seeds]
+    y = tokenize(world.captions[:n], config.dit.max_bytes)
+    clips = [world.latents(*sprite_clips(seeds, config.frames, config.size, 0, order)[:2])
+             for order in (None, orders)]
+    times, steps = linear_quadratic(100), range(0, 100, 1 if world.args.steps >= 100 else 5)
+    models = {which: (bundle.dit, 1) for which, bundle in world.models.items()}
+    models["jam, d = 0"] = models["jam"][0], 0
+    curves, table = {}, []
+    for which, (dit, given) in models.items():
+        C, gaps = config.tae.channels, []
+        for k in tqdm(steps, desc=f"motivation {which}"):
+            losses = []
+            for x1, d1, x0, d0 in clips:
+                t = times[k].expand(n)
+                z = noised(x1, x0, t)
+                if dit.config.motion:
+                    z = torch.cat([z, given * noised(d1, d0, t)], 1)
+                with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                    u = dit(z, t, y)[:, :C]
+                losses.append((u - velocity(x1, x0)).square().flatten(1).mean(1))
+            gaps.append((losses[1] / losses[0] - 1).numpy())
+        curves[which] = steps, [interval(gap) for gap in gaps]
+        flat = np.mean([high <= .02 for k, (_, _, high) in zip(*curves[which]) if k <= 60])
+        table.append([which, f"{100 * flat:.0f} %", cell(np.mean(gaps, 0), 100)])
+    by_t = {name: ([float(times[k]) for k in steps], gaps) for name, (_, gaps) in curves.items()}
+    return {"about": f"Relative rise of the appearance loss when a clip's frames are permuted; n = "
+                     f"{n} clips (64 at most), the same noise and permutation for every model, 95% "
+                     "bands. Flat: the share of steps up to 60 where the rise is surely below 2%. "
+                     "VideoJAM sees the noised flow of the permuted clip too; with d = 0 it does "
+                     "not. At step 0 (t = 0) all see noise alone.",
+            "tables": [(["", "flat up to step 60", "mean rise %"], table)],
+            "curves": [("sampler's step", curves), ("t (0 noise, 1 data)", by_t)]}
+
+
+def compare(world):
+    """Tables 1, 2, 4: base, control (plain fine-tuning for the same steps) and VideoJAM."""
+    tae, config, args, rgb = world.tae, world.config, world.args, flow_to_rgb(world.flow)
+
+    @torch.no_grad()
+    def coded(video, motion):
+        return torch.cat([tae.decode(tae.encode(v, motion), motion, config.frames)
+                          for v in video.split(50)])
+
+    def psnr(a, b):
+        return (-10 * (a - b).square().mean((1, 2, 3, 4)).log10()).tolist()
+
+    videos = {"real clips": (world.video, rgb),
+              "through the TAE": (coded(world.video, False), None)}
+    for which in ("base", "control"):
+        if which in world.models:
+            videos[which] = world.sample(which)
+    videos["VideoJAM, w2 = 0"] = world.sample(w2=0.)
+    videos[f"VideoJAM, w2 = {args.w2:g}"] = world.sample()
+    results = {name: judge(video, world.scenes) for name, (video, _) in videos.items()}
+    others = held_out_clips(args.n, config.frames, config.size, HELD_OUT + 10_000_000)[0]
+    table = []
+    for name, (video, motion) in videos.items():
+        metrics, apart = [], []
+        for i, clip in enumerate(tqdm(video[:50], desc=f"flow of {name}")):     # (RAFT is slow)
+            seen = estimate_flow(world.raft, clip[None])[0]
+            metrics.append(vbench(clip, config.fps, world.raft, seen if config.fps == 8 else None))
+            if motion is not None:
+                told = rgb_to_flow(motion[i])
+                moving = (told.norm(dim=1) > .3) | (seen.norm(dim=1) > .3)
+                apart += [(told - seen).norm(dim=1)[moving].mean().item()] * bool(moving.any())
+        table.append([name, cell([m["dynamic"] for m in metrics], 100),
+                      cell([m["flicker"] for m in metrics], 100),
+                      cell([m["smooth"] for m in metrics], 100), cell(apart),
+                      f"{frechet(frame_statistics(video), frame_statistics(others)):.2f}"])
+    header = ["the first 50 prompts", "dynamic degree %", "temporal flickering %",
+              "motion smoothness %", "motion predicted against seen by RAFT, px",
+              f"frame distance to {args.n} other real clips (all prompts)"]
+    kinds = sorted({r["kind"] for r in results["real clips"]})
+    by_kind = [[name, *(cell([r["named"] for r in rows if r["kind"] == k], 100) for k in kinds),
+                cell([r["named"] for r in rows if r["held_out"]], 100)]
+               for name, rows in results.items()]
+    counts = [f"{k} (n {sum(r['kind'] == k for r in results['real clips'])})" for k in kinds]
+    unseen = f"unseen combinations (n {sum(r['held_out'] for r in results['real clips'])})"
+    tables = [physics_table(results), (["moves as named %", *counts, unseen], by_kind),
+              (header, table)]
+    if "control" in results:
+        tables.insert(1, paired_table(results, "control"))
+    quality = [cell(psnr(world.video, videos["through the TAE"][0])),
+               cell(psnr(rgb, coded(rgb, True)))]
+    return {"about": f"n = {args.n} held-out prompts of one sprite on a plain background, the "
+                     f"first sample of each, the same noise for every model, {args.steps} steps, "
+                     f"w1 = {args.w1:g}; 95% bootstrap intervals over prompts. TAE: {quality[0]} dB, "
+                     f"RGB flow {quality[1]} dB.",
+            "tables": tables, "clips": results,
+            "shown": [(name, video[:8]) for name, (video, _) in videos.items()]
+            + [("motion predicted by VideoJAM", world.sample()[1][:8])]}
+
+
+def ablation(world):
+    """Table 3, and what it leaves open: w2, and how long it acts."""
+    steps, w2 = world.args.steps, world.args.w2
+    results = {f"VideoJAM, w2 = {w2:g}": world.sample(),
+               "without text guidance": world.sample(w1=0.),
+               "without motion guidance": world.sample(w2=0.),
+               # classifier-free guidance on u(x, 0, y): composable guidance without its motion term
+               "d = 0 at inference": world.sample(mode="composable", w1=world.args.w1 + 1, w2=0.),
+               "InstructPix2Pix": world.sample(mode="ip2p", motion_steps=steps),
+               "composable": world.sample(mode="composable", motion_steps=steps)}
+    results |= {f"w2 = {w:g}": world.sample(w2=w) for w in (1., 2., 4., 6.)}
+    results |= {f"w2 in the first {share}% of steps": world.sample(motion_steps=steps * share / 100)
+                for share in (25, 75, 100)}
+    for run in world.args.also or ():
+        other = VideoJAM.load(Path(run) / "model.pt")
+        results[run] = other.generate(world.captions, seed=HELD_OUT, batch=50, steps=steps,
+                                      w1=world.args.w1, w2=w2, progress=run)
+    rows = {name: judge(video, world.scenes) for name, (video, _) in results.items()}
+    return {"about": f"n = {world.args.n} held-out prompts, the same noise in every row. "
+                     "InstructPix2Pix and composable guidance act in all steps. The p values are "
+                     "not corrected for their number.",
+            "tables": [physics_table(rows), paired_table(rows, f"VideoJAM, w2 = {w2:g}")],
+            "clips": rows}
+
+
+@torch.no_grad()
+def sdedit(world):
+    """App. B, Fig. 8: clips noised to steps 20, 60, 80 of 100 and sampled on from there."""
+    n, args, table = min(world.args.n, 32), world.args, []
+    video, flow = world.video[:n], world.flow[:n]
+    y, times = tokenize(world.captions[:n], world.config.dit.max_bytes), linear_quadratic(100)
+    x1, d1, x0, d0 = world.latents(video, flow)
+    truth, shown = F.avg_pool2d(flow.flatten(0, 1), 8), [("the clip", video[:8])]
+
+    def row(name, t, edited):
+        seen = torch.cat([estimate_flow(world.raft, v) for v in edited.split(8)])
+        coarse = F.avg_pool2d(seen.flatten(0, 1), 8)
+        cosine = (coarse * truth).flatten(1).sum(1) / (
+            coarse.flatten(1).norm(dim=1) * truth.flatten(1).norm(dim=1)).clamp(min=1e-6)
+        table.append([name, t, cell(cosine.view(n, -1).mean(1).tolist()),
+                      cell((edited - video).abs().flatten(1).mean(1).tolist())])
+        shown.append((name, edited[:8]))
+
+    row("the clip itself, by RAFT", "1", video)
+    for which in ("base", "jam"):
+        for start in (0, 20, 60, 80) if which in world.models else ():
+            dit, t = world.models[which].dit, times[start].expand(n)
+            x, d = noised(x1, x0, t), noised(d1, d0, t) if dit.config.motion else None
+            with torch.autocast("cpu", torch.bfloat16):
+                x, _ = euler_sample(dit, x, d, y, times[start:], args.w1, args.w2,
+                                    "cfg" if d is None else "inner",
+                                    motion_steps=max(0, 50 - start),
+                                    progress=f"sdedit, {which} from {start}")
+                edited = world.tae.decode(x, frames=world.config.frames)
+            row(f"{which}, step {start}", f"{times[start]:.3f}", edited)
+    return {"about": f"n = {n} clips (32 at most). Coarse motion (8 x 8 px means of RAFT's flow) "
+                     "against the clip's own: cosine, 1 is the same. Step 0 is a free sample. "
+                     "VideoJAM is given the clip's noised motion too.",
+            "tables": [(["from", "t", "agreement of motion", "difference of pixels"], table)],
+            "shown": shown}
+
+
+# ---------------------------------------------------------------- folders of anybody's videos
+
+def videos_of(folder, kinds=(".mp4", ".webm", ".mov", ".avi", ".mkv", ".gif")):
+    """The paths of a folder's videos; ValueError where there are none."""
+    paths = sorted(p for p in Path(folder).glob("*") if p.suffix.lower() in kinds) \
+        if Path(folder).is_dir() else []
+    if not paths:
+        raise ValueError(f"{folder}: no videos ({', '.join(kinds)}) in it")
+    return paths
+
+
+def make_folder(path):
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot make the folder {path}: {error.strerror}") from None
+
+
+def file_stem(prompt):
+    """A prompt as a file's name: no slash, and 180 bytes at most (a name holds 255)."""
+    return prompt.replace("/", " ").encode()[:180].decode(errors="ignore")
+
+
+def prompt_of(path):
+    return re.sub(r"-\d+$", "", path.stem)
+
+
+def metrics(args):
+    """The same metrics for a folder of videos, `{prompt}-{index}.mp4` as VBench names them; with a
+    prompt file, of its prompts alone."""
+    if len(args.paths) not in (1, 2):
+        raise ValueError("metrics takes a folder of videos, and a prompt file if you like")
+    paths, raft, rows, skipped, missing = videos_of(args.paths[0]), RAFT.load(), {}, 0, 0
+    if len(args.paths) == 2:
+        wanted = {file_stem(prompt) for prompt in read_lines(args.paths[1])}
+        missing = len(wanted - {prompt_of(path) for path in paths})
+        paths = [path for path in paths if prompt_of(path) in wanted]
+    for path in tqdm(paths, desc="metrics"):
+        try:
+            fps = iio.immeta(path, plugin="FFMPEG")["fps"]
+            video = torch.from_numpy(iio.imread(path, plugin="FFMPEG")).permute(0, 3, 1, 2) / 255
+        except Exception as error:          # whatever the decoder says of a broken file
+            tqdm.write(f"skipped {path.name}: {' '.join(str(error).split())[:80]}")
+            skipped += 1
+            continue
+        if prompt_of(path) == path.stem:
+            tqdm.write(f"{path.name}: not named PROMPT-INDEX, its name is taken as the prompt")
+        rows[path.name] = vbench(video, fps, raft)
+    if not rows:
+        raise ValueError(f"{args.paths[0]}: no video to measure ({skipped} cannot be read, "
+                         f"{missing} prompts have none)")
+    values = [[r[k] for r in rows.values()] for k in ("dynamic", "flicker", "smooth")]
+    return {"about": f"n = {len(rows)} videos of {len({prompt_of(Path(name)) for name in rows})} "
+                     f"prompts, {skipped} skipped, {missing} prompts without a video. By VBench's "
+                     "formulas; RAFT is ours, and interpolates in place of AMT.",
+            "tables": [(["", "dynamic degree %", "temporal flickering %", "motion smoothness %"],
+                        [[args.paths[0], *(cell(part, 100) for part in values)]])], "videos": rows}
+
+
+def generate(args):
+    """A folder of samples for a prompt file, named as VBench wants them."""
+    if len(args.paths) != 2:
+        raise ValueError("generate takes a prompt file and a folder")
+    prompts, out = list(dict.fromkeys(read_lines(args.paths[0]))), Path(args.paths[1])
+    if len({file_stem(prompt) for prompt in prompts}) < len(prompts):
+        raise ValueError(f"{args.paths[0]}: two prompts have the same first 180 bytes, and so "
+                         "would the names of their files")
+    make_folder(out)
+    bundle = VideoJAM.load(weights_of(args))
+    many = [prompt for prompt in prompts for _ in range(args.seeds)]
+    video, _ = bundle.generate(many, steps=args.steps, w1=args.w1, w2=args.w2, progress="generate")
+    for i, (prompt, clip) in enumerate(zip(many, video)):
+        write_video(out / f"{file_stem(prompt)}-{i % args.seeds}.mp4", clip, bundle.config.fps)
+    print(f"{out}: {len(many)} videos")
+
+
+# ---------------------------------------------------------------- python bench.py speed
+
+def median_time(function, device, repeats=7):
+    times = []
+    for _ in range(repeats + 2):
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return float(np.median(times[2:]))
+
+
+def flops_of(function):
+    """What torch counts of matrix products and convolutions, attention included, in a call."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def speed(args):
+    """Each part's time, FLOPs and share of the bf16 matrix product's rate in this very run."""
+    device = device_of(args.device)
+    base, jam = (VideoJAM.load(weights_of(args), which, device) for which in ("base", "jam"))
+    preset, B, result = base.config, args.batch, {}
+    shape = preset.latent_shape()
+    y = tokenize(["a red square moves left slowly"] * B).to(device)
+    product = torch.randn(4096, 4096, dtype=torch.bfloat16, device=device)
+    peak = 2 * 4096 ** 3 / median_time(lambda: product @ product, device)
+
+    def autocast(function):
+        def run():
+            with torch.autocast(device.type, torch.bfloat16):
+                function()
+        return run
+
+    def training(model):
+        optimizer = torch.optim.AdamW(model.parameters(), 0., fused=True)
+        z = torch.randn(B, shape[0] * (1 + model.config.motion), *shape[1:], device=device)
+
+        def step():
+            with torch.autocast(device.type, torch.bfloat16):
+                loss = squared_errors(model, z, y, shape[0])[1].mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return step
+
+    def sampling(mode):
+        x = torch.randn(B, *shape, device=device)
+        return autocast(lambda: euler_sample(jam.dit, x, x, y, linear_quadratic(20), mode=mode))
+
+    video = sprite_clips(range(8), preset.frames, preset.size)[0].to(device)
+    raft, small = RAFT.load().to(device), video[:1]
+    steps = {"base": training(base.dit.train()), "jam": training(jam.dit.train())}
+    parts = {"TAE, encode a clip": (autocast(lambda: base.tae.encode(video)), len(video)),
+             "RAFT, a pair of frames": (lambda: estimate_flow(raft, small), preset.frames - 1)}
+    parts |= {f"sampling, {mode}, a step of {B} clips": (sampling(mode), 20)
+              for mode in ("none", "cfg", "inner")}
+    with torch.no_grad():
+        flops = {name: flops_of(function) / count for name, (function, count) in parts.items()}
+    flops |= {name: flops_of(step) for name, step in steps.items()}
+    if can_compile(device):
+        base.dit.compile_blocks(), jam.dit.compile_blocks()
+    for step in [*steps.values()] * 3:                                  # compile, settle
+        step()
+    times = [[median_time(step, device, 1) for step in steps.values()] for _ in range(9)]  # in turn
+    rows = [(f"training step of {B} clips, {name}", seconds, flops[name])
+            for name, seconds in zip(steps, np.median(times, 0))]
+    base.dit.eval(), jam.dit.eval()
+    with torch.no_grad():
+        rows += [(name, median_time(function, device, 3) / count, flops[name])
+                 for name, (function, count) in parts.items()]
+    rows.append(("a sprite clip, rendered", median_time(
+        lambda: [sprite_clips(range(i, i + 32)) for i in range(0, 128, 32)], device, 3) / 128, 0))
+    memory = (torch.cuda.max_memory_allocated() if device.type == "cuda"
+              else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    for name, seconds, count in rows:
+        result[name] = {"ms": 1e3 * seconds, "GFLOP": count / 1e9, "share": count / seconds / peak}
+    ratios = {"training step, jam / base": rows[1][1] / rows[0][1],
+              "sampling, inner / cfg": rows[6][1] / rows[5][1],
+              "bf16 matrix product, GFLOP/s": peak / 1e9, "peak memory, GB": memory / 1e9,
+              "threads": torch.get_num_threads()}
+    print(markdown((["", "ms", "GFLOP", "of the matrix product's rate"],
+                    [[name, f"{r['ms']:.3g}", f"{r['GFLOP']:.3g}", f"{100 * r['share']:.0f} %"]
+                     for name, r in result.items()])), "\n")
+    print(markdown((["", ""], [[name, f"{value:.3g}"] for name, value in ratios.items()])), "\n")
+    print(json.dumps({**result, **ratios}))
+
+
+# ---------------------------------------------------------------- human evaluation (2AFC)
+
+QUESTIONS = {"text": "Which video fits the text better?",
+             "quality": "Which video looks better?",
+             "motion": "In which video is the motion more coherent?"}
+RATING_PAGE = """<!doctype html><meta charset="utf-8"><title>Which is better?</title>
+<style>body{font:18px sans-serif;text-align:center;margin:2em}video{width:40vw;max-width:512px;
+image-rendering:pixelated;margin:.5em}button{font-size:1em;padding:.5em 2em;margin:.5em}</style>
+<p id="progress"></p><h2 id="prompt"></h2>
+<div><video id="left" autoplay loop muted playsinline></video>
+<video id="right" autoplay loop muted playsinline></video></div><h3 id="question"></h3>
+<button id="1">left (1 or &larr;)</button><button id="2">right (2 or &rarr;)</button>
+<p><button id="save">save the votes</button> <button id="undo">undo (u)</button></p>
+<script>
+const data = DATA, keys = Object.keys(data.questions), $ = id => document.getElementById(id);
+const shuffled = a => { for (let i = a.length - 1; i > 0; i--) {
+  const j = Math.floor(Math.random() * (i + 1)); [a[i], a[j]] = [a[j], a[i]]; } return a; };
+const memory = "videojam " + JSON.stringify([data.a, data.b, data.pairs.map(p => p.name)]);
+let state = null;
+try { state = JSON.parse(localStorage.getItem(memory)); } catch (error) {}
+state ||= {rater: Math.random().toString(36).slice(2), votes: [],
+           order: shuffled(data.pairs.map((_, i) => [i, Math.random() < .5]))};
+const {rater, votes} = state, trials = state.order.map(([i, swap]) => ({...data.pairs[i], swap}));
+function show() {
+  try { localStorage.setItem(memory, JSON.stringify(state)); } catch (error) {}
+  const i = Math.floor(votes.length / keys.length), t = trials[i], over = !t;
+  $("progress").textContent = `pair ${Math.min(i + 1, trials.length)} of ${trials.length}`;
+  $("1").disabled = $("2").disabled = over;
+  if (over) { $("question").textContent = "Done: save the votes."; return; }
+  $("prompt").textContent = t.prompt;
+  $("question").textContent = data.questions[keys[votes.length % keys.length]];
+  for (const [id, source] of [["left", t.swap ? t.b : t.a], ["right", t.swap ? t.a : t.b]])
+    if ($(id).src !== source) $(id).src = source;
+}
+function vote(side) {
+  const t = trials[Math.floor(votes.length / keys.length)];
+  if (t) votes.push({pair: t.name, question: keys[votes.length % keys.length],
+                     choice: (side === 1) !== t.swap ? "a" : "b"});
+  show();
+}
+function save() {
+  const content = {kind: "videojam votes", a: data.a, b: data.b, rater, votes};
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([JSON.stringify(content)], {type: "application/json"}));
+  link.download = `votes-${rater}.json`; link.click();
+}
+$("1").onclick = () => vote(1); $("2").onclick = () => vote(2); $("save").onclick = save;
+$("undo").onclick = () => { votes.pop(); show(); };
+document.onkeydown = e => {
+  const side = {1: 1, ArrowLeft: 1, 2: 2, ArrowRight: 2}[e.key];
+  if (e.repeat) return;
+  if (side) vote(side); else if (e.key === "u") $("undo").click(); };
+show();
+</script>"""
+
+
+def data_url(path):
+    content = base64.b64encode(path.read_bytes()).decode()
+    return f"data:video/{path.suffix[1:].lower()};base64,{content}"
+
+
+def rate(args):
+    """One page that asks which of two videos is better: pairs in random order, sides hidden."""
+    if len(args.paths) != 2:
+        raise ValueError("rate takes two folders of videos with the same names")
+    a, b = ({path.stem: path for path in videos_of(folder, (".mp4", ".webm"))}    # (browsers' own)
+            for folder in args.paths)
+    names = sorted(a.keys() & b.keys())
+    if not names:
+        raise ValueError(f"{args.paths[0]} and {args.paths[1]}: no video has the same name in both")
+    pairs = [{"name": name, "prompt": prompt_of(a[name]), "a": data_url(a[name]),
+              "b": data_url(b[name])} for name in names]
+    data = json.dumps({"a": args.paths[0], "b": args.paths[1], "questions": QUESTIONS,
+                       "pairs": pairs}).replace("<", "\\u003c")
+    make_folder(args.out)
+    page = args.out / "rate.html"
+    write_file(page, lambda file: file.write_text(RATING_PAGE.replace("DATA", data, 1)))
+    print(f"{page}: {len(names)} pairs, {len(a) + len(b) - 2 * len(names)} videos without a pair; "
+          "open it, vote, save, then python bench.py votes votes-*.json")
+
+
+def votes(args):
+    """The paper's table: the share of votes for A, and how far raters agree."""
+    ballots, sides = {}, set()
+    for path in args.paths:
+        try:
+            content = json.loads(Path(path).read_text())
+            assert content["kind"] == "videojam votes"
+            sides.add((content["a"], content["b"]))
+            for v in content["votes"]:
+                ballots.setdefault((v["question"], v["pair"]), {})[content["rater"]] = \
+                    {"a": 1, "b": 0}[v["choice"]]
+        except (OSError, ValueError, KeyError, TypeError, AssertionError):
+            raise ValueError(f"{path}: not a votes file of bench.py rate") from None
+    if len(sides) != 1 or not ballots:
+        raise ValueError("votes takes one or more files of votes on the same two folders")
+    table = []
+    for question in QUESTIONS:
+        cast = [list(v.values()) for (asked, _), v in ballots.items() if asked == question]
+        if cast:
+            agree = [np.mean([i == j for n, i in enumerate(v) for j in v[:n]])
+                     for v in cast if len(v) > 1]
+            table.append([question, str(sum(map(len, cast))),
+                          cell([np.mean(v) for v in cast], 100), cell(agree, 100)])
+    (a, b), = sides
+    return {"about": f"A = {a}, B = {b}; intervals by bootstrap over pairs.",
+            "tables": [(["", "votes", "for A %", "two raters agree %"], table)]}
+
+
+# ---------------------------------------------------------------- the report
+
+def svg(xlabel, curves, width=640, height=320):
+    """Lines with their bands: {name: (x, [(mean, low, high)])} -> an inline SVG."""
+    colours = dict(zip(curves, ("#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd")))
+    xs = [x for x, _ in curves.values() for x in x]
+    ys = [v for _, ys in curves.values() for y in ys for v in y]
+    x0, x1, y0, y1 = min(xs), max(xs), min(0, *ys), max(ys)
+
+    def at(x, y):
+        return (f"{50 + (x - x0) / (x1 - x0 or 1) * (width - 60):.1f},"
+                f"{height - 40 - (y - y0) / (y1 - y0 or 1) * (height - 60):.1f}")
+
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+             f'width="{width}" font-size="12" font-family="sans-serif">']
+    for (name, (x, y)), row in zip(curves.items(), range(9)):
+        band = [at(a, high) for a, (_, _, high) in zip(x, y)]
+        band += [at(a, low) for a, (_, low, _) in zip(x, y)][::-1]
+        line = [at(a, mean) for a, (mean, _, _) in zip(x, y)]
+        parts += [f'<polygon points="{" ".join(band)}" fill="{colours[name]}" opacity=".2"/>',
+                  f'<polyline points="{" ".join(line)}" fill="none" stroke="{colours[name]}"/>',
+                  f'<text x="60" y="{20 + 15 * row}" fill="{colours[name]}">{name}</text>']
+    for value in (y0, y1):
+        parts.append(f'<text x="2" y="{at(x0, value).split(",")[1]}">{100 * value:.0f}%</text>')
+    for value in (x0, x1):
+        parts.append(f'<text x="{at(value, y0).split(",")[0]}" y="{height - 22}" '
+                     f'text-anchor="middle">{value:.3g}</text>')
+    return "".join(parts) + f'<text x="{width / 2}" y="{height - 6}">{xlabel}</text></svg>'
+
+
+def markdown(table):
+    header, rows = table
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def report(out, sections, fps):
+    """results.json, report.md and report.html (self-contained) of {name: section}."""
+    make_folder(out)
+    text, page = ["# VideoJAM: experiments"], ["<!doctype html><meta charset=utf-8><style>"
+        "body{font:15px sans-serif;margin:2em}td,th{padding:.2em .8em;border-bottom:1px solid #ccc}"
+        "video{margin:.2em;image-rendering:pixelated}</style><h1>VideoJAM: experiments</h1>"]
+    for name, section in sections.items():
+        text += [f"## {name}", f"`{section['command']}`", section["about"]]
+        page += [f"<h2>{name}</h2><code>{html.escape(section['command'])}</code>"
+                 f"<p>{html.escape(section['about'])}"]
+        for header, rows in section["tables"]:
+            text.append(markdown((header, rows)))
+            page.append("<table>" + "".join(
+                "<tr>" + "".join(f"<td>{html.escape(str(c))}" for c in row)
+                for row in [header, *rows]) + "</table><br>")
+        for i, (label, curves) in enumerate(section.get("curves", ())):
+            page.append(svg(label, curves))
+            write_file(out / f"{name}-{i}.svg", lambda file: file.write_text(page[-1]))
+        for title, clips in section.get("shown", ()):
+            path = out / f".{os.getpid()}.mp4"
+            write_video(path, grid(clips), fps, scale=2)
+            page.append(f'<p>{html.escape(title)}<br><video autoplay loop muted src="'
+                        f'{data_url(path)}"></video>')
+            path.unlink()
+    data = {name: {k: v for k, v in section.items() if k != "shown"}
+            for name, section in sections.items()}
+    for name, content in (("report.md", "\n\n".join(text) + "\n"), ("report.html", "\n".join(page)),
+                          ("results.json", json.dumps(data, default=list))):
+        write_file(out / name, lambda file, content=content: file.write_text(content))
+    last = max(i for i, line in enumerate(text) if line.startswith("## "))
+    print("\n\n".join(text[last:]) + f"\n\n{out}/report.html\n")
+
+
+# ---------------------------------------------------------------- command line
+
+EXPERIMENTS = {"motivation": motivation, "compare": compare, "ablation": ablation, "sdedit": sdedit}
+ON_PATHS = {"metrics": metrics, "generate": generate, "rate": rate, "votes": votes}
 
 
 def weights_of(args):
     return Path(args.run) / "model.pt" if args.run else ROOT / "weights/toy.pt"
 
 
-def percent(values):
-    return "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * v for v in interval(values)))
-
-
-def sprites(args):
-    weights = weights_of(args)
-    bundle = VideoJAM.load(weights)
-    config, tae = bundle.config, bundle.tae
-    real, flow, captions, scenes = held_out_clips(args.n, config.frames, config.size)
-    results = {"real clips": judge(real, scenes)}
-    with torch.no_grad():
-        coded, psnr = [], []
-        for video, motion in zip(real.split(50), flow_to_rgb(flow).split(50)):
-            coded.append(tae.decode(tae.encode(video), frames=config.frames))
-            rgb = tae.decode(tae.encode(motion, True), True, config.frames)
-            psnr.append([(a - b).square().mean((1, 2, 3, 4)).log10() * -10
-                         for a, b in ((coded[-1], video), (rgb, motion))])
-    psnr = [torch.cat(part).mean().item() for part in zip(*psnr)]
-    results["through the TAE"] = judge(torch.cat(coded), scenes)
-    for which, options in (("base", {}), ("control", {}), ("jam", {"w2": 0.}), ("jam", {})):
-        model = VideoJAM.load(weights, which)
-        if can_compile(torch.device("cpu")):
-            model.dit.compile_blocks()
-        name = which + (f", w2 = {options.get('w2', args.w2):g}" if which == "jam" else "")
-        video, _ = model.generate(captions, steps=args.steps, batch=50, seed=HELD_OUT, w1=args.w1,
-                                  progress=name, **{"w2": args.w2, **options})
-        results[name] = judge(video, scenes)
-    print(f"{args.n} held-out single-sprite prompts, {args.steps} steps, w1 = {args.w1:g}; "
-          f"TAE {psnr[0]:.1f} dB, of RGB flow {psnr[1]:.1f} dB\n")
-    print("| | sprite there, in its colour, in all frames % | of the named shape % | "
-          "moves as named % | median motion error, px |\n|---|---|---|---|---|")
-    for name, rows in results.items():
-        error = "{:.2f} [{:.2f}, {:.2f}]".format(*interval([r["error"] for r in rows], np.median))
-        print(f"| {name} |", " | ".join(percent([r[k] for r in rows])
-                                        for k in ("there", "shape", "named")), f"| {error} |")
-    kinds = sorted({r["kind"] for r in results["real clips"]})
-    print("\n| moves as named % | " + " | ".join(kinds) + " | unseen combinations |\n|---" +
-          "|---" * (len(kinds) + 1) + "|")
-    for name, rows in results.items():
-        cells = [[r["named"] for r in rows if r["kind"] == kind] for kind in kinds]
-        cells.append([r["named"] for r in rows if r["held_out"]])
-        print(f"| {name} |", " | ".join(
-            f"{100 * np.mean(cell):.0f} (n {len(cell)})" if cell else "-" for cell in cells), "|")
-    out = Path("runs/bench")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "sprites.json").write_text(json.dumps({"psnr": psnr, **results}))
-
-
-# ---------------------------------------------------------------- python bench.py speed
-
-def median_time(function, repeats=7):
-    function()
-    function()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times))
-
-
-def speed(args):
-    weights = weights_of(args)
-    base, jam = (VideoJAM.load(weights, which) for which in ("base", "jam"))
-    preset, batch, result = base.config, args.batch, {}
-    shape = preset.latent_shape()
-    C, y = shape[0], tokenize(["a red square moves left slowly"] * batch)
-    tokens = math.prod(shape[1:]) // preset.dit.patch ** 2
-
-    def training_step(model):
-        model = model.train()
-        if can_compile(torch.device("cpu")):
-            model.compile_blocks()
-        optimizer = torch.optim.AdamW(model.parameters(), 0., fused=True)
-        z = torch.randn(batch, C * (1 + model.config.motion), *shape[1:])
-
-        def step():
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = squared_errors(model, z, y, C)[1].mean()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        return step
-
-    # multiply-adds of the model: each matrix once a token, attention once a pair of tokens
-    c, L = base.dit.config, y.shape[1]
-    matrices = sum(p.numel() for p in base.dit.blocks.parameters() if p.ndim == 2) * tokens
-    matrices += c.depth * 2 * c.text_width * c.width * (L - tokens)     # K, V of the text
-    matrices += sum(p.numel() for p in base.dit.text.layers.parameters() if p.ndim == 2) * L
-    attention = (2 * c.depth * c.width * tokens * (tokens + L)
-                 + 2 * c.text_depth * c.text_width * L * L)
-    flops = 3 * 2 * (matrices + attention) * batch                      # forward and backward
-    for dtype in (torch.bfloat16, torch.float32):
-        a = torch.randn(4096, 4096, dtype=dtype)
-        name = str(dtype).removeprefix("torch.")
-        result[f"matrix product {name}, GFLOP/s"] = 2 * 4096 ** 3 / median_time(lambda: a @ a) / 1e9
-    steps = {name: training_step(model) for name, model in (("base", base.dit), ("jam", jam.dit))}
-    for step in [*steps.values()] * 3:                                  # compile, settle
-        step()
-    times = [[median_time(step, 1) for step in steps.values()] for _ in range(9)]       # in turn
-    for name, value in zip(steps, np.median(times, 0)):
-        result[f"training step {name}, ms"] = 1e3 * float(value)
-    for model in (base.dit, jam.dit):
-        model.eval()
-    result["training step jam / base"] = (result["training step jam, ms"]
-                                          / result["training step base, ms"])
-    result["training step, GFLOP/s"] = flops / result["training step base, ms"] / 1e6
-    result["share of the bf16 product's rate"] = (result["training step, GFLOP/s"]
-                                                  / result["matrix product bfloat16, GFLOP/s"])
-    for mode in ("none", "cfg", "inner"):
-        def run(mode=mode):
-            x = torch.randn(batch, *shape)
-            with torch.autocast("cpu", torch.bfloat16):
-                euler_sample(jam.dit, x, x, y, linear_quadratic(20), mode=mode)
-        result[f"sampling {mode}, ms a step"] = 1e3 * median_time(run, 3) / 20
-    result["sampling inner / cfg"] = (result["sampling inner, ms a step"]
-                                      / result["sampling cfg, ms a step"])
-    result["clips rendered a second"] = 256 / median_time(
-        lambda: [sprite_clips(range(i, i + 64)) for i in range(0, 256, 64)], 3)
-    print(f"{batch} clips of {tokens} tokens, {flops / 1e9:.0f} GFLOP a training step, "
-          f"{torch.get_num_threads()} threads\n\n| | |\n|---|---|")
-    for name, value in result.items():
-        print(f"| {name} | {value:.3g} |")
-    print(json.dumps(result))
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("experiment", choices=("sprites", "speed"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.
+                                     RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", nargs="?", help="default: all, and speed",
+                        choices=[*EXPERIMENTS, *ON_PATHS, "speed"])
+    parser.add_argument("paths", nargs="*", help="of metrics, generate, rate and votes")
     parser.add_argument("--run", help="folder of a training run; default: the shipped weights")
-    parser.add_argument("--n", type=int, default=500, help="prompts")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--also", nargs="*", help="other runs, a row each in the ablation")
+    parser.add_argument("--n", type=int, help="prompts (default: 100)")
+    parser.add_argument("--seeds", type=int, default=1, help="samples of each prompt (generate)")
+    parser.add_argument("--steps", type=int, help="of the sampler (default: 100)")
     parser.add_argument("--w1", type=float, default=5.)
     parser.add_argument("--w2", type=float, default=3.)
+    parser.add_argument("--quick", action="store_true", help="16 prompts, 25 steps: a look")
     parser.add_argument("--batch", type=int, default=64, help="clips in a step of `speed`")
-    args = parser.parse_args()
-    {"sprites": sprites, "speed": speed}[args.experiment](args)
+    parser.add_argument("--device", default="cpu", help="of `speed`")
+    parser.add_argument("--out", type=Path, help="folder; default: runs/bench, or in it")
+    args = parser.parse_intermixed_args()
+    args.n = args.n if args.n is not None else 16 if args.quick else 100
+    args.steps = args.steps if args.steps is not None else 25 if args.quick else 100
+    for name in ("n", "steps", "seeds", "batch"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be positive, got {getattr(args, name)}")
+    args.out = args.out or Path("runs/bench") / (args.experiment or "")
+    command = "python bench.py " + shlex.join(sys.argv[1:])
+    if args.experiment in ON_PATHS:
+        section = ON_PATHS[args.experiment](args)
+        if section:
+            report(args.out, {args.experiment: {**section, "command": command}}, 8)
+    elif args.experiment != "speed":
+        world, sections = World(args), {}
+        for name in [args.experiment] if args.experiment else EXPERIMENTS:
+            sections[name] = {**EXPERIMENTS[name](world), "command": command}
+            report(args.out, sections, world.config.fps)
+        if not args.experiment and "base" in world.models:
+            speed(args)
+    else:
+        speed(args)
 
 
 if __name__ == "__main__":

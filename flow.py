@@ -24,12 +24,17 @@ ROOT = Path(__file__).resolve().parent
 # ---------------------------------------------------------------- files and errors, for all scripts
 
 def report_errors(main):
-    """Runs a script's main. Bad input, a ValueError, ends as one line on stderr and exit code 2."""
+    """Runs a script's main. Bad input, a ValueError, ends as one line on stderr and exit code 2,
+    Ctrl-C as one line and a shell's usual 130."""
+    script = Path(sys.argv[0]).name
     try:
         main()
     except ValueError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        print(f"{script}: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{script}: interrupted; what was written is whole", file=sys.stderr)
+        sys.exit(130)
 
 
 def write_file(path, save):
@@ -268,11 +273,12 @@ def render_background(backgrounds, size):
     return canvas.clamp(0, 1)
 
 
-def sprite_clips(seeds, frames=16, size=64, rich=.5):
+def sprite_clips(seeds, frames=16, size=64, rich=.5, orders=None):
     """Many clips of the sprite world at once, by exact geometry with anti-aliased outlines.
 
     seeds: ints, from HELD_OUT on for evaluation. rich in [0, 1]: the share of textured backgrounds
     and, apart from it, of scenes with two or three independent sprites (the first named in front).
+    orders: a permutation of the frames for each clip; the flow is then that of the permuted clip.
     Returns video (N, T, 3, H, W) in [0, 1], flow (N, T, 2, H, W) in px, captions, scenes. A scene's
     sprites have `path` (T, 3): x, y of the centre in px and the angle in radians, and `physics`."""
     scenes = [sprite_scene(int(seed), frames, rich) for seed in seeds]
@@ -286,10 +292,12 @@ def sprite_clips(seeds, frames=16, size=64, rich=.5):
     inner = canvas[:, :, pad:pad + size, pad:pad + size]
     inner[..., :3] = background.permute(0, 2, 3, 1).unsqueeze(1)
     pixels = canvas.view(-1, 5)
-    for scene in scenes:
+    for i, scene in enumerate(scenes):
         for sprite in scene["sprites"]:
             sprite["path"][:, :2] *= size
             sprite["radius"] *= size
+            if orders is not None:
+                sprite["path"] = sprite["path"][orders[i]]
     for depth in reversed(range(max(len(s["sprites"]) for s in scenes))):       # back to front
         for shape in SHAPES:
             chosen = [i for i, s in enumerate(scenes) if len(s["sprites"]) > depth

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from flow import ROOT, report_errors
-from train import device_of, grid, write_video
+from train import device_of, grid, read_lines, write_video
 from videojam import GUIDANCE, VideoJAM
 
 
@@ -43,12 +43,7 @@ def parse():
 def read_prompts(args):
     prompts = list(args.prompt)
     if args.prompts:
-        try:
-            lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", "not UTF-8")
-            raise ValueError(f"cannot read {args.prompts}: {reason}") from None
-        prompts += [line.strip() for line in lines if line.strip()]
+        prompts += read_lines(args.prompts)
     if not prompts:
         raise ValueError('no prompt: try "a red square moves left"')
     return prompts

@@ -36,8 +36,8 @@ STAGES = ("tae", "encode", "base", "jam", "control")
 # preset -> stage -> (steps, learning rate, batch); encode's "steps" are clips. The toy's are what
 # fits 15 minutes; the paper's fine-tuning is 50,000 x 32 (4b) and 35,000 x 256 (30b) at 5e-6
 DEFAULTS = {
-    "toy": {"tae": (1000, 1e-3, 4), "encode": (6144, 0, 32), "base": (1600, 1e-3, 32),
-            "jam": (500, 5e-4, 32), "control": (500, 5e-4, 32)},
+    "toy": {"tae": (900, 1e-3, 4), "encode": (4096, 0, 32), "base": (2800, 3e-3, 32),
+            "jam": (600, 1e-3, 32), "control": (600, 1e-3, 32)},
     "small": {"tae": (50_000, 3e-4, 8), "encode": (100_000, 0, 8), "base": (200_000, 2e-4, 64),
               "jam": (20_000, 5e-5, 64), "control": (20_000, 5e-5, 64)},
     "4b": {"tae": (300_000, 1e-4, 32), "encode": (3_000_000, 0, 1), "base": (500_000, 1e-4, 256),
@@ -45,6 +45,7 @@ DEFAULTS = {
     "30b": {"tae": (300_000, 1e-4, 32), "encode": (9_000_000, 0, 1), "base": (500_000, 1e-4, 1024),
             "jam": (35_000, 5e-6, 256), "control": (35_000, 5e-6, 256)},
 }
+VERSION = 2                             # of a run's folder: raised when old runs cannot go on
 SHARD = 512                             # clips in a file of latents
 CHECKPOINT_SECONDS = 60
 T_BINS = 5                              # losses are reported apart for t in [0, .2), [.2, .4), ...
@@ -163,6 +164,18 @@ def can_compile(device):
     return device.type != "cpu" or shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
+def read_lines(path):
+    """The prompts of a text file, one a line; ValueError where there are none."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {getattr(error, 'strerror', 'not UTF-8')}") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"{path}: no prompt in it")
+    return prompts
+
+
 def write_video(path, video, fps, scale=None):
     """(T, 3, H, W) in [0, 1] -> .mp4 or .gif, enlarged to about 256 px so that a person can see."""
     scale = scale or max(1, round(256 / video.shape[-2]))
@@ -217,7 +230,10 @@ class Run:
     def checkpoint(self, stage):
         """A stage's last checkpoint, None before the first."""
         path = self.out / f"{stage}.pt"
-        return read_file(path, "checkpoint") if path.exists() else None
+        state = read_file(path, "checkpoint") if path.exists() else None
+        if state and state.get("version") != VERSION:
+            raise ValueError(f"{path}: of another version of train.py, take another --out")
+        return state
 
     def finished(self, stage, module):
         """The module with a stage's weights (EMA) in it, and the step that they are of."""
@@ -253,7 +269,8 @@ class Run:
         for stage in ("jam", "base", "control"):
             state = self.checkpoint(stage)
             if state and state["step"] == state["of"]:
-                dits[stage], _ = self.finished(stage, self.new_dit(motion=stage == "jam"))
+                dits[stage] = self.new_dit(motion=stage == "jam")
+                dits[stage].load_state_dict(state["ema"])
         if dits:
             which = next(iter(dits))
             bundle = VideoJAM(self.preset, self.tae(), dits.pop(which), which)
@@ -287,7 +304,7 @@ def optimize(run, stage, model, loss_of, preview, finish=lambda ema: None, origi
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr, (.9, .99), weight_decay=0, fused=True)
     step, state = 0, run.checkpoint(stage)
-    settings = {"lr": lr, "batch": batch, "origin": origin}
+    settings = {"lr": lr, "batch": batch, "origin": origin, "uniform_t": run.args.uniform_t}
     if state:
         changed = "; ".join(f"{k} {state[k]}, not {v}" for k, v in settings.items()
                             if state[k] != v)
@@ -303,8 +320,8 @@ def optimize(run, stage, model, loss_of, preview, finish=lambda ema: None, origi
         return print(f"{stage}: {step} steps are done already")
 
     def save():
-        content = {"kind": "checkpoint", "stage": stage, "step": step, "of": steps, **settings,
-                   "model": model.state_dict(), "ema": ema.state_dict(),
+        content = {"kind": "checkpoint", "version": VERSION, "stage": stage, "step": step,
+                   "of": steps, **settings, "model": model.state_dict(), "ema": ema.state_dict(),
                    "optimizer": optimizer.state_dict()}
         write_file(run.out / f"{stage}.pt", lambda temporary: torch.save(content, temporary))
 
@@ -377,15 +394,12 @@ def train_tae(run):
                     run.preset.fps)
 
     def finish(ema):
-        """Per-channel mean and deviation over 256 clips, for videos and for RGB flow."""
-        latents = [[], []]
-        with torch.no_grad(), torch.autocast(run.device.type, torch.bfloat16):
-            for start in range(0, 256, batch):
-                for part, clips in zip(latents, run.data().clips(range(start, start + batch))):
-                    part.append(ema.posterior(clips.to(run.device))[0].float().flatten(0, 3))
-        for kind in range(2):
-            values = torch.cat(latents[kind])
-            ema.mean[kind], ema.std[kind] = values.mean(0), values.std(0)
+        """The latents' basis, from 256 clips and from their RGB flow."""
+        clips = [run.data().clips(range(start, start + batch)) for start in range(0, 256, batch)]
+        with torch.autocast(run.device.type, torch.bfloat16):
+            for kind, videos in enumerate(list(zip(*clips))[:2]):
+                ema.fit_basis([video.to(run.device) for video in videos], bool(kind),
+                              generator(run.args.seed, "basis", kind))
 
     optimize(run, "tae", tae, loss_of, preview, finish)
 
@@ -476,7 +490,8 @@ def parse():
     parser.add_argument("--batch", type=int, help="clips in a step of each stage run")
     parser.add_argument("--rich", type=float, default=.2, help="sprite world: share of textured "
                         "backgrounds, and of scenes with several sprites (default %(default)s)")
-    parser.add_argument("--uniform-t", action="store_true", help="uniform t, not logit-normal")
+    parser.add_argument("--uniform-t", action=argparse.BooleanOptionalAction, help="uniform t, or "
+                        "logit-normal; default: uniform for the toy")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
@@ -492,6 +507,8 @@ def parse():
     if args.data:
         args.data = str(Path(args.data).resolve())
     args.out = args.out or f"runs/{Path(args.data).name if args.data else args.preset}"
+    if args.uniform_t is None:          # where a toy's few latents lie is decided before t = .1,
+        args.uniform_t = args.preset == "toy"       # of which logit-normal samples only 1.4%
     args.device = device_of(args.device)
     if args.compile is None:
         args.compile = can_compile(args.device)

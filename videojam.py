@@ -90,8 +90,8 @@ class Upsample(nn.Module):
 
 class TAE(nn.Module):
     """Movie Gen's Temporal Auto-Encoder: (B, T, 3, H, W) <-> (B, C, T', H', W'), where
-    T' = ceil(T / time), H' = H / space, W' = W / space by the config's compression. Latents are
-    standardised per channel, each kind (video, or with motion=True RGB flow) by its statistics."""
+    T' = ceil(T / time), H' = H / space, W' = W / space by the config's compression. Latents of
+    video, and with motion=True those of RGB flow, have a basis of their own: see `fit_basis`."""
     def __init__(self, config=TAEConfig()):
         super().__init__()
         self.config, w, p = config, config.widths, config.patch
@@ -110,9 +110,9 @@ class TAE(nn.Module):
         # noise of e^-3 everywhere at first: through unit noise nothing comes for long
         nn.init.zeros_(self.encoder[-1].space.weight[config.channels:])
         nn.init.constant_(self.encoder[-1].time.bias[config.channels:], -6)
-        # statistics of the latents: row 0 of videos, row 1 of RGB flow
+        # what encode subtracts and multiplies by: row 0 for videos, row 1 for RGB flow
         self.register_buffer("mean", torch.zeros(2, config.channels))
-        self.register_buffer("std", torch.ones(2, config.channels))
+        self.register_buffer("basis", torch.eye(config.channels).repeat(2, 1, 1))
 
     def posterior(self, video):
         """(B, T, 3, H, W) in [0, 1] -> mean and log-variance, (B, T', H', W', C) each."""
@@ -129,14 +129,39 @@ class TAE(nn.Module):
         return F.pixel_shuffle(x, self.config.patch) / 3 + .7
 
     def encode(self, video, motion=False):
-        """Video, or RGB flow (motion=True), in [0, 1] -> standardised latent (B, C, T', H', W')."""
-        mean = self.posterior(video)[0].float()
-        return ((mean - self.mean[int(motion)]) / self.std[int(motion)]).permute(0, 4, 1, 2, 3)
+        """Video, or RGB flow (motion=True), in [0, 1] -> latent (B, C, T', H', W') in its basis."""
+        z = self.posterior(video)[0].float() - self.mean[int(motion)]
+        with torch.autocast(z.device.type, enabled=False):
+            return (z @ self.basis[int(motion)].float().T).permute(0, 4, 1, 2, 3)
 
     def decode(self, latent, motion=False, frames=None):
         """Latent -> video in [0, 1]; with `frames`, the spurious last ones are cropped."""
-        z = latent.permute(0, 2, 3, 4, 1) * self.std[int(motion)] + self.mean[int(motion)]
+        with torch.autocast(latent.device.type, enabled=False):
+            inverse = torch.linalg.inv(self.basis[int(motion)].float())
+            z = latent.float().permute(0, 2, 3, 4, 1) @ inverse.T + self.mean[int(motion)]
         return self.pixels(z)[:, :frames].float().clamp(0, 1)
+
+    def fit_basis(self, batches, motion=False, generator=None):
+        """Chooses mean and basis of a kind of latents from videos: mean 0, variance 1 on average
+        over the channels, and one unit of error is about as visible in every direction.
+
+        With J the decoder's Jacobian, z^T E[J^T J] z is how far z moves the pixels. Its
+        eigenvectors become the channels, scaled by the square roots of its eigenvalues, the least
+        visible first. Standardising each channel instead makes all equally loud, though a single
+        direction may carry 70% of what is seen (of sprites, it does): the DiT learns the rest."""
+        latents, sensitivity = [], 0
+        for video in batches:
+            mean = self.posterior(video)[0].float().detach().requires_grad_()
+            pixels = self.pixels(mean).float()
+            probe = torch.randn(pixels.shape, generator=generator).to(pixels)
+            rows = torch.autograd.grad(pixels, mean, probe)[0].flatten(0, 3)    # J^T probe
+            sensitivity = sensitivity + rows.double().T @ rows.double()
+            latents.append(mean.detach().flatten(0, 3))
+        z = torch.cat(latents)
+        values, vectors = torch.linalg.eigh(sensitivity)
+        basis = (values.clamp(min=1e-4 * values.max()).sqrt()[:, None] * vectors.T).float()
+        spread = ((z - z.mean(0)) @ basis.T).square().mean().sqrt()
+        self.mean[int(motion)], self.basis[int(motion)] = z.mean(0), basis / spread
 
 
 def tae_loss(tae, video, mse_weight=3., kl_weight=1e-5, outlier_weight=1e-2, r=3, generator=None):
@@ -243,7 +268,9 @@ class Attention(nn.Module):
         context = x if context is None else context
         q = self.to_q(x).view(B, N, self.heads, -1)
         k, v = self.to_kv(context).view(B, context.shape[1], 2, self.heads, -1).unbind(2)
-        q, k = self.norm_q(q).transpose(1, 2), self.norm_k(k).transpose(1, 2)
+        # (in autocast's dtype: torch has no fused norm of bf16 by fp32 weights, and warns)
+        q, k = (F.rms_norm(part, part.shape[-1:], norm.weight.to(part.dtype), norm.eps)
+                .transpose(1, 2) for part, norm in ((q, self.norm_q), (k, self.norm_k)))
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         x = attend(q, k, v.transpose(1, 2), mask)
@@ -272,17 +299,24 @@ class TextLayer(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Bytes (B, L) -> features (B, L, text_width) and a mask (B, 1, 1, L) that hides padding.
+    """Bytes (B, L) -> features (B, ceil(L / 4), text_width), mask (B, 1, 1, ceil(L / 4)) that hides
+    padding. Every FOLD bytes become one position at first: there are more bytes than video tokens.
     Stands for the paper's UL2, ByT5 and MetaCLIP; trained together with the DiT."""
+    FOLD = 4
+
     def __init__(self, config):
         super().__init__()
         width, heads = config.text_width, round(config.text_width / 64)
         self.embed, self.head_dim = nn.Embedding(VOCABULARY, width), width // heads
+        self.fold = nn.Linear(self.FOLD * width, width, bias=False)
         self.layers = nn.ModuleList([TextLayer(width, heads) for _ in range(config.text_depth)])
 
     def forward(self, tokens):
-        x, mask = self.embed(tokens), (tokens != PAD)[:, None, None, :]
-        rope = rope_table((tokens.shape[1],), self.head_dim, tokens.device)
+        tokens = F.pad(tokens, (0, -tokens.shape[1] % self.FOLD), value=PAD)
+        (B, L), visible = tokens.shape, tokens != PAD
+        x = self.fold((self.embed(tokens) * visible[..., None]).view(B, L // self.FOLD, -1))
+        mask = visible.view(B, L // self.FOLD, self.FOLD).any(2)[:, None, None, :]
+        rope = rope_table((L // self.FOLD,), self.head_dim, tokens.device)
         for tensor, axis in ((x, 1), (mask, 3), (rope[0], 0), (rope[1], 0)):
             torch._dynamo.maybe_mark_dynamic(tensor, axis)      # one compilation for all lengths
         for layer in self.layers:
@@ -546,14 +580,18 @@ def linear_quadratic(steps, emulated=1000):
 
 
 @torch.no_grad()
-def euler_sample(model, x, d, y, times, w1=5., w2=3., mode="inner", null=None, progress=None):
+def euler_sample(model, x, d, y, times, w1=5., w2=3., mode="inner", null=None, motion_steps=None,
+                 progress=None):
     """From noise x, d (B, C, ...) at times[0] to times[-1] by Euler steps: returns x, d. w2 acts in
-    the first half of the steps only: there motion is decided (App. C). d = None: no motion."""
+    the first motion_steps, by default half of all: there motion is decided (App. C). d = None: a
+    model without motion."""
     steps, C = len(times) - 1, x.shape[1]
+    motion_steps = steps / 2 if motion_steps is None else motion_steps
     z = x if d is None else torch.cat([x, d], 1)
     for i in tqdm(range(steps), desc=progress, disable=progress is None):
         x, d = (z, None) if d is None else z.split(C, 1)
-        u = guided_velocity(model, x, d, times[i], y, w1, w2 if i < steps / 2 else 0., mode, null)
+        scale = w2 if i < motion_steps else 0.
+        u = guided_velocity(model, x, d, times[i], y, w1, scale, mode, null)
         z = z + (times[i + 1] - times[i]) * u
     return (z, None) if d is None else z.split(C, 1)
 
@@ -633,7 +671,7 @@ class VideoJAM:
 
     @torch.no_grad()
     def generate(self, prompts, steps=100, w1=5., w2=3., seed=0, mode=None, emulated=1000, batch=16,
-                 progress=None):
+                 motion_steps=None, progress=None):
         """List of prompts -> video, RGB motion (None without motion): (B, T, 3, H, W) in [0, 1].
         mode: one of GUIDANCE; by default "inner", without motion "cfg". Sample i starts from the
         noise of seed + i, the same for every model. Runs in bf16 autocast."""
@@ -651,7 +689,7 @@ class VideoJAM:
             d = torch.stack([torch.randn(shape, generator=g) for g in draws]).to(device)
             with torch.autocast(device.type, torch.bfloat16):
                 x, d = euler_sample(self.dit, x, d if motion else None, y, times, w1, w2, mode,
-                                    progress=progress)
+                                    motion_steps=motion_steps, progress=progress)
                 videos.append((self.tae.decode(x, frames=self.config.frames),
                                self.tae.decode(d, True, self.config.frames) if motion else None))
         video, rgb = zip(*videos)

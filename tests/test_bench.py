@@ -3,6 +3,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 import bench
 from bench import fit_motion, held_out_clips, interval, judge, track
@@ -15,6 +16,11 @@ def real():
     (sprites,) = zip(*(scene["sprites"] for scene in scenes))
     assert captions == [f"a {s['colour']} {s['shape']} {s['phrase']}" for s in sprites]
     return video, scenes
+
+
+@pytest.fixture(autouse=True)
+def eager(monkeypatch):
+    monkeypatch.setattr(bench, "can_compile", lambda device: False)     # tiny models: not worth it
 
 
 def test_real_clips_are_there_in_shape_and_move_as_named(real):
@@ -61,10 +67,115 @@ def test_intervals_bracket_the_statistic_and_shrink_with_more_prompts():
     assert below < median == np.median(values[:25]) < above and above - below > 2 * (high - low)
 
 
-def test_the_table_has_a_row_for_each_model(bundle, run, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    code, said, err = run(bench.main, "sprites", "--run", bundle, "--n", 3, "--steps", 2)
+def test_blobs_are_counted_with_corners_connected_and_specks_left_out():
+    mask = torch.zeros(3, 8, 8, dtype=bool)
+    mask[0, 1:3, 1:3] = mask[0, 3:5, 3:5] = True            # they touch at a corner: one
+    mask[1, :3, :3] = mask[1, 5:, 5:] = mask[1, 0, 7] = True
+    assert bench.blobs(mask, 2).tolist() == [1, 2, 0]
+    assert bench.blobs(mask, 1).tolist() == [1, 3, 0]
+
+
+def test_paired_sees_a_small_difference_that_the_two_intervals_hide():
+    rng = np.random.default_rng(2)
+    a = rng.normal(0, 1, 200)
+    b = a - .1 + rng.normal(0, .2, 200)
+    mean, low, high, p = bench.paired(a, b)
+    assert mean == pytest.approx((a - b).mean()) and 0 < low < mean < high and p < .001
+    assert interval(a)[1] < interval(b)[2]                  # unpaired, they overlap
+    assert bench.paired(a, a)[3] == 1
+
+
+def test_vbench_metrics_by_their_formulas():
+    raft = bench.RAFT.load()
+    still = bench.sprite_clips([11], 1, 64, 0)[0][0].expand(16, 3, 64, 64)
+    assert bench.vbench(still, 8, raft) == {"dynamic": False, "flicker": 1, "smooth": pytest.approx(
+        1, abs=1e-3)}
+    video = bench.sprite_clips([11], 16, 64, 0)[0]
+    row = bench.vbench(video[0], 8, raft)
+    assert row["flicker"] == pytest.approx(1 - (video[0, 1:] - video[0, :-1]).abs().mean().item())
+    assert bench.vbench(video[0][:1].repeat(2, 1, 1, 1), 8, raft)["smooth"] is None
+
+
+def test_warping_back_by_the_flow_gives_the_frame():
+    image = torch.rand(1, 3, 16, 16)
+    flow = torch.tensor([2., -1]).view(1, 2, 1, 1).expand(1, 2, 16, 16)
+    moved = bench.warp(image, flow)
+    torch.testing.assert_close(moved[..., 1:, :14], image[..., :15, 2:])
+
+
+def test_frechet_distance_of_gaussians():
+    a = torch.randn(20000, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert bench.frechet(a, a) == pytest.approx(0, abs=1e-6)
+    # means 1 apart in one of three features, deviations doubled: 1 + 3 (2 - 1)^2
+    assert bench.frechet(2 * a + torch.tensor([1., 0, 0]), a) == pytest.approx(4, abs=.1)
+
+
+def test_every_experiment_writes_its_tables_and_a_page_that_holds_all(bundle, run, tmp_path):
+    code, said, err = run(bench.main, "--run", bundle, "--n", 2, "--steps", 2, "--out", tmp_path,
+                          "--batch", 2)
     assert not code, err
-    for name in ("real clips", "through the TAE", "base", "control", "jam, w2 = 0", "jam, w2 = 3"):
-        assert said.count(f"| {name} |") == 2
-    assert len(json.loads((tmp_path / "runs/bench/sprites.json").read_text())["base"]) == 3
+    assert (tmp_path / "motivation-0.svg").read_text().count("<polyline") == 4
+    for row in ("real clips", "through the TAE", "base", "control", "VideoJAM, w2 = 0",
+                "VideoJAM, w2 = 3", "d = 0 at inference", "InstructPix2Pix", "jam, step 60", "jam, d = 0"):
+        assert f"| {row} |" in said, row
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results) == {"motivation", "compare", "ablation", "sdedit"}
+    assert len(results["compare"]["clips"]["base"]) == 2
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<svg") == 2 and page.count("data:video/mp4;base64,") > 8
+    assert "http" not in page.replace("http://www.w3.org", "")      # nothing is fetched
+    assert json.loads(said.splitlines()[-1])["sampling, inner / cfg"] > 0
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_models_that_a_bundle_lacks_are_left_out(bundle, run, tmp_path):
+    jam = bench.VideoJAM.load(bundle / "model.pt")
+    jam.save(tmp_path / "model.pt")
+    code, said, err = run(bench.main, "compare", "--run", tmp_path, "--n", 1, "--steps", 1,
+                          "--out", tmp_path / "out")
+    assert not code and "no control model" in said and "| base |" not in said, err
+
+
+def test_a_folder_is_generated_measured_and_rated(bundle, run, tmp_path, refuses, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a red square\n\na b/c " + "x" * 300 + "\n")
+    for folder, seeds in (("a", 2), ("b", 1)):
+        code, _, err = run(bench.main, "generate", tmp_path / "prompts.txt", tmp_path / folder,
+                           "--run", bundle, "--steps", 1, "--seeds", seeds)
+        assert not code, err
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert len(names) == 4 and "a red square-0.mp4" in names and "a red square-1.mp4" in names
+    (tmp_path / "a" / "broken-0.mp4").write_bytes(b"no video")
+    code, said, err = run(bench.main, "metrics", tmp_path / "a", "--out", tmp_path / "out")
+    assert not code and "4 videos of 2 prompts, 1 skipped" in said, err
+    (tmp_path / "some.txt").write_text("a red square\nanother\n")
+    code, said, err = run(bench.main, "metrics", tmp_path / "a", tmp_path / "some.txt")
+    assert not code and "2 videos of 1 prompts, 0 skipped, 1 prompts without" in said, err
+    (tmp_path / "twice.txt").write_text("x" * 200 + "1\n" + "x" * 200 + "2\n")
+    assert "180 bytes" in refuses(bench.main, "generate", tmp_path / "twice.txt", tmp_path / "c")
+    code, said, err = run(bench.main, "rate", tmp_path / "a", tmp_path / "b", "--out", tmp_path)
+    assert not code and "2 pairs, 3 videos without a pair" in said, err
+    page = (tmp_path / "rate.html").read_text()
+    assert page.count("data:video/mp4;base64,") == 4 and "DATA" not in page
+    (tmp_path / "empty").mkdir()
+    assert "no videos" in refuses(bench.main, "metrics", tmp_path / "empty")
+    assert "no videos" in refuses(bench.main, "rate", tmp_path / "a", tmp_path / "missing")
+    assert "prompts.txt" in refuses(bench.main, "generate", tmp_path / "no-prompts.txt", tmp_path)
+
+
+def test_votes_become_shares_with_intervals_and_agreement(run, tmp_path, refuses):
+    def ballot(name, choices, a="A"):
+        votes = [{"pair": f"p{i}", "question": "motion", "choice": c} for i, c in enumerate(choices)]
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps({"kind": "videojam votes", "a": a, "b": "B", "rater": name,
+                                    "votes": votes}))
+        return path
+    one, two = ballot("one", "aaab"), ballot("two", "aabb")
+    code, said, err = run(bench.main, "votes", "--out", tmp_path, one, two)
+    assert not code, err
+    (line,) = [line for line in said.splitlines() if line.startswith("| motion")]
+    assert "| 8 | 62.5 [" in line and "| 75.0 [" in line
+    assert "same two folders" in refuses(bench.main, "votes", one, ballot("three", "a", "C"))
+    (tmp_path / "foreign.json").write_text("[1]")
+    assert "not a votes file" in refuses(bench.main, "votes", tmp_path / "foreign.json")
+    assert "same two folders" in refuses(bench.main, "votes")

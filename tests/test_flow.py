@@ -204,6 +204,17 @@ def test_a_seed_is_the_same_clip_in_any_batch_and_the_same_scene_at_any_size():
     assert 0 <= video.min() and video.max() <= 1 and len(set(captions)) == 3
 
 
+def test_a_permuted_clip_has_the_same_frames_in_another_order_and_its_own_flow():
+    order = np.random.default_rng(0).permutation(6)
+    seed = next(s for s in range(99) if sprite_scene(s, 6, 0)["sprites"][0]["kind"] == "move")
+    video = sprite_clip(seed, 6, 64, 0)[0]
+    mixed, flow, _, ((scene),) = sprite_clips([seed], 6, 64, 0, [order])
+    torch.testing.assert_close(mixed[0], video[order])
+    path = scene["sprites"][0]["path"]
+    for k, (x, y) in enumerate(path[:-1, :2].astype(int)):
+        np.testing.assert_allclose(flow[0, k, :, y, x], (path[k + 1] - path[k])[:2], atol=1e-4)
+
+
 def test_a_clip_may_have_one_frame():
     for seed in range(20):                      # all kinds of motion, collisions too
         video, flow, _, _ = sprite_clip(seed, 1, 32)

@@ -69,16 +69,32 @@ def test_tae_pads_time_by_repetition_so_a_still_video_has_a_still_latent():
     torch.testing.assert_close(latent, latent[:, :, :1].expand_as(latent), atol=1e-5, rtol=1e-4)
 
 
-def test_tae_standardises_videos_and_motion_by_their_own_statistics_and_back():
+def test_tae_writes_videos_and_motion_in_bases_of_their_own_and_back():
     tae, video = randomised(TAE(TINY.tae)), torch.rand(1, 4, 3, 16, 16)
     raw, decoded = tae.encode(video), tae.decode(tae.encode(video))
-    tae.mean.copy_(torch.randn(2, 4)), tae.std.copy_(torch.rand(2, 4) + .5)
+    tae.mean.copy_(torch.randn(2, 4)), tae.basis.copy_(3 * torch.eye(4) + torch.rand(2, 4, 4))
     for row, motion in enumerate((False, True)):
         latent = tae.encode(video, motion)
-        for channel in range(4):
-            expected = (raw[:, channel] - tae.mean[row, channel]) / tae.std[row, channel]
-            torch.testing.assert_close(latent[:, channel], expected)
+        for k in range(4):
+            expected = sum(tae.basis[row, k, c] * (raw[:, c] - tae.mean[row, c]) for c in range(4))
+            torch.testing.assert_close(latent[:, k], expected)
         torch.testing.assert_close(tae.decode(latent, motion), decoded, atol=1e-4, rtol=1e-4)
+
+
+def test_fit_basis_makes_errors_as_large_as_they_look():
+    tae, videos = randomised(TAE(TINY.tae), std=.1), torch.rand(8, 4, 3, 16, 16)
+    with torch.no_grad():       # a linear decoder: pixels = matrix z at every position, spread out
+        tae.decoder = nn.Linear(4, tae.decoder[-1].time.out_channels)
+        tae.decoder.weight.copy_(torch.randn_like(tae.decoder.weight) * torch.tensor([9, 3, 1, .2]))
+    tae.fit_basis(videos.split(2), motion=True, generator=torch.Generator().manual_seed(0))
+    latent = tae.encode(videos, motion=True).detach()
+    torch.testing.assert_close(latent.mean((0, 2, 3, 4)), torch.zeros(4), atol=1e-4, rtol=0)
+    assert latent.square().mean() == pytest.approx(1, abs=1e-4)
+    # a unit along any channel moves the pixels equally far, and along two at right angles
+    matrix = tae.decoder.weight.detach() @ torch.linalg.inv(tae.basis[1])
+    gram = matrix.T @ matrix
+    torch.testing.assert_close(gram / gram[0, 0], torch.eye(4), atol=.25, rtol=0)
+    assert torch.equal(tae.basis[0], torch.eye(4)) and not tae.mean[0].any()    # videos' untouched
 
 
 def test_tae_loss_is_l1_and_mse_and_kl_and_the_outlier_penalty():
@@ -483,6 +499,11 @@ def test_sampler_takes_three_evaluations_a_step_then_two():
     (x, d, y, null), model = case(), Foreign(4)
     euler_sample(model, x, d, y, linear_quadratic(6), 5, 3, "inner", null)
     assert [len(z) // 3 for z, _, _ in model.calls] == [3, 3, 3, 2, 2, 2]
+    model.calls.clear()
+    euler_sample(model, x, d, y, linear_quadratic(6), 5, 3, "inner", null, motion_steps=1)
+    assert [len(z) // 3 for z, _, _ in model.calls] == [3, 2, 2, 2, 2, 2]
+    model.calls.clear()
+    euler_sample(model, x, d, y, linear_quadratic(6), 5, 3, "inner", null)
     assert [t[0].item() for _, t, _ in model.calls] == linear_quadratic(6)[:-1].tolist()
 
 
