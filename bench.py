@@ -355,7 +355,7 @@ def paired_table(results, against):
         if name in (against, "real clips", "through the TAE"):
             continue
         row = [f"{name} minus {against}"]
-        for key, scale in (("named", 100), ("error", 1)):
+        for key, scale in (("named", 100), ("one", 100), ("error", 1)):
             pairs = [(a[key], b[key]) for a, b in zip(results[name], results[against])
                      if a[key] is not None and b[key] is not None]
             if not pairs:
@@ -365,7 +365,8 @@ def paired_table(results, against):
             row.append("{:+.{k}f} [{:+.{k}f}, {:+.{k}f}], p = {:.3f}, n = {}".format(
                 *(scale * v for v in values), p, len(pairs), k=1 if scale == 100 else 2))
         table.append(row)
-    return ["", "moves as named, points", "motion error where both are there, px"], table
+    return ["", "moves as named, points", "one sprite, points",
+            "motion error where both are there, px"], table
 
 
 # ---------------------------------------------------------------- the experiments
