@@ -70,18 +70,20 @@ def test_tae_pads_time_by_repetition_so_a_still_video_has_a_still_latent():
 
 
 def test_tae_writes_videos_and_motion_in_bases_of_their_own_and_back():
+    torch.manual_seed(0)
     tae, video = randomised(TAE(TINY.tae)), torch.rand(1, 4, 3, 16, 16)
     raw, decoded = tae.encode(video), tae.decode(tae.encode(video))
-    tae.mean.copy_(torch.randn(2, 4)), tae.basis.copy_(3 * torch.eye(4) + torch.rand(2, 4, 4))
+    torch.nn.init.normal_(tae.mean), tae.basis.copy_(3 * torch.eye(4) + torch.rand(2, 4, 4))
     for row, motion in enumerate((False, True)):
         latent = tae.encode(video, motion)
         for k in range(4):
             expected = sum(tae.basis[row, k, c] * (raw[:, c] - tae.mean[row, c]) for c in range(4))
             torch.testing.assert_close(latent[:, k], expected)
-        torch.testing.assert_close(tae.decode(latent, motion), decoded, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(tae.decode(latent, motion), decoded, atol=1e-3, rtol=1e-3)
 
 
 def test_fit_basis_makes_errors_as_large_as_they_look():
+    torch.manual_seed(0)
     tae, videos = randomised(TAE(TINY.tae), std=.1), torch.rand(8, 4, 3, 16, 16)
     with torch.no_grad():       # a linear decoder: pixels = matrix z at every position, spread out
         tae.decoder = nn.Linear(4, tae.decoder[-1].time.out_channels)
