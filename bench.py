@@ -362,7 +362,7 @@ def paired_table(results, against):
                 row.append("-")
                 continue
             *values, p = paired(*zip(*pairs))
-            row.append("{:+.{k}f} [{:+.{k}f}, {:+.{k}f}], p = {:.3f}, n = {}".format(
+            row.append("{:+.{k}f} [{:+.{k}f}, {:+.{k}f}], p = {:.4f}, n = {}".format(
                 *(scale * v for v in values), p, len(pairs), k=1 if scale == 100 else 2))
         table.append(row)
     return ["", "moves as named, points", "one sprite, points",

@@ -1,6 +1,6 @@
 """Trains the TAE, the base DiT, its VideoJAM fine-tuning, and a control without motion.
 
-    python train.py                             the sprite world, every stage: 15 minutes, two cores
+    python train.py                             the sprite world, every stage: 20 minutes of one core
     python train.py --data FOLDER               own videos: FOLDER/metadata.csv with file_name, text
     python train.py --stage jam --steps 5000    one stage, or the same stage for longer
 
@@ -33,8 +33,8 @@ from flow import (HELD_OUT, RAFT, estimate_flow, flow_to_rgb, read_file, report_
 from videojam import PRESETS, TAE, DiT, VideoJAM, squared_errors, tae_loss, tokenize
 
 STAGES = ("tae", "encode", "base", "jam", "control")
-# preset -> stage -> (steps, learning rate, batch); encode's "steps" are clips. The toy's are what
-# fits 15 minutes; the paper's fine-tuning is 50,000 x 32 (4b) and 35,000 x 256 (30b) at 5e-6
+# preset -> stage -> (steps, learning rate, batch); encode's "steps" are clips. The toy's take
+# 20 minutes of one core; the paper's fine-tuning is 50,000 x 32 (4b) and 35,000 x 256 (30b) at 5e-6
 DEFAULTS = {
     "toy": {"tae": (900, 1e-3, 4), "encode": (4096, 0, 32), "base": (2800, 3e-3, 32),
             "jam": (600, 1e-3, 32), "control": (600, 1e-3, 32)},
