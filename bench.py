@@ -30,10 +30,10 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from flow import (COLOURS, DIRECTIONS, HELD_OUT, RAFT, ROOT, SHAPES, TRAVEL, TURNS, bouncing,
+from flow import (COLOURS, DIRECTIONS, HELD_OUT, RAFT, SHAPES, TRAVEL, TURNS, bouncing,
                   estimate_flow, flow_to_rgb, report_errors, rgb_to_flow, signed_distance,
                   sprite_clips, write_file)
-from train import can_compile, device_of, grid, read_lines, write_video
+from train import can_compile, device_of, grid, read_lines, weights_of, write_video
 from videojam import (VideoJAM, euler_sample, linear_quadratic, noised, squared_errors, tokenize,
                       velocity)
 
@@ -461,8 +461,8 @@ def compare(world):
                cell(psnr(rgb, coded(rgb, True)))]
     return {"about": f"n = {args.n} held-out prompts of one sprite on a plain background, the "
                      f"first sample of each, the same noise for every model, {args.steps} steps, "
-                     f"w1 = {args.w1:g}; 95% bootstrap intervals over prompts. TAE: {quality[0]} dB, "
-                     f"RGB flow {quality[1]} dB.",
+                     f"w1 = {args.w1:g}; 95% bootstrap intervals over prompts. "
+                     f"TAE: {quality[0]} dB, RGB flow {quality[1]} dB.",
             "tables": tables, "clips": results,
             "shown": [(name, video[:8]) for name, (video, _) in videos.items()]
             + [("motion predicted by VideoJAM", world.sample()[1][:8])]}
@@ -878,10 +878,6 @@ def report(out, sections, fps):
 
 EXPERIMENTS = {"motivation": motivation, "compare": compare, "ablation": ablation, "sdedit": sdedit}
 ON_PATHS = {"metrics": metrics, "generate": generate, "rate": rate, "votes": votes}
-
-
-def weights_of(args):
-    return Path(args.run) / "model.pt" if args.run else ROOT / "weights/toy.pt"
 
 
 def main():

@@ -13,8 +13,8 @@ import re
 import time
 from pathlib import Path
 
-from flow import ROOT, report_errors
-from train import device_of, grid, read_lines, write_video
+from flow import report_errors
+from train import device_of, grid, read_lines, weights_of, write_video
 from videojam import GUIDANCE, VideoJAM
 
 
@@ -75,7 +75,7 @@ def main():
             raise ValueError(f"--{name} must be positive, got {getattr(args, name)}")
     prompts = read_prompts(args)
     files = output_files(args, prompts)
-    weights = Path(args.run) / "model.pt" if args.run else ROOT / "weights/toy.pt"
+    weights = weights_of(args)
     device = device_of(args.device)
     model = VideoJAM.load(weights, args.which, device)
     base = VideoJAM.load(weights, "base", device) if args.compare else None

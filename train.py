@@ -1,6 +1,6 @@
 """Trains the TAE, the base DiT, its VideoJAM fine-tuning, and a control without motion.
 
-    python train.py                             the sprite world, every stage: 20 minutes of one core
+    python train.py                             the sprite world, every stage: 20 minutes, one core
     python train.py --data FOLDER               own videos: FOLDER/metadata.csv with file_name, text
     python train.py --stage jam --steps 5000    one stage, or the same stage for longer
 
@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from flow import (HELD_OUT, RAFT, estimate_flow, flow_to_rgb, read_file, report_errors,
+from flow import (HELD_OUT, RAFT, ROOT, estimate_flow, flow_to_rgb, read_file, report_errors,
                   sprite_clips, write_file)
 from videojam import PRESETS, TAE, DiT, VideoJAM, squared_errors, tae_loss, tokenize
 
@@ -162,6 +162,11 @@ def device_of(name):
 def can_compile(device):
     """torch.compile needs a C++ compiler on a CPU."""
     return device.type != "cpu" or shutil.which(os.environ.get("CXX", "g++")) is not None
+
+
+def weights_of(args):
+    """The bundle that --run names; without it, the shipped one."""
+    return Path(args.run) / "model.pt" if args.run else ROOT / "weights/toy.pt"
 
 
 def read_lines(path):
