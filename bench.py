@@ -30,9 +30,9 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from flow import (COLOURS, DIRECTIONS, HELD_OUT, RAFT, SHAPES, TRAVEL, TURNS, bouncing,
-                  estimate_flow, flow_to_rgb, report_errors, rgb_to_flow, signed_distance,
-                  sprite_clips, write_file)
+from flow import (COLOURS, DIRECTIONS, HELD_OUT, RAFT, SHAPES, TRAVEL, TURNS, autocast, bouncing,
+                  estimate_flow, fast_dtype, flow_to_rgb, report_errors, rgb_to_flow,
+                  signed_distance, sprite_clips, write_file)
 from train import can_compile, device_of, grid, read_lines, weights_of, write_video
 from videojam import (VideoJAM, euler_sample, linear_quadratic, noised, squared_errors, tokenize,
                       velocity)
@@ -392,7 +392,7 @@ def motivation(world):
                 z = noised(x1, x0, t)
                 if dit.config.motion:
                     z = torch.cat([z, given * noised(d1, d0, t)], 1)
-                with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                with torch.no_grad(), autocast("cpu"):
                     u = dit(z, t, y)[:, :C]
                 losses.append((u - velocity(x1, x0)).square().flatten(1).mean(1))
             gaps.append((losses[1] / losses[0] - 1).numpy())
@@ -516,7 +516,7 @@ def sdedit(world):
         for start in (0, 20, 60, 80) if which in world.models else ():
             dit, t = world.models[which].dit, times[start].expand(n)
             x, d = noised(x1, x0, t), noised(d1, d0, t) if dit.config.motion else None
-            with torch.autocast("cpu", torch.bfloat16):
+            with autocast("cpu"):
                 x, _ = euler_sample(dit, x, d, y, times[start:], args.w1, args.w2,
                                     "cfg" if d is None else "inner",
                                     motion_steps=max(0, 50 - start),
@@ -627,18 +627,19 @@ def flops_of(function):
 
 
 def speed(args):
-    """Each part's time, FLOPs and share of the bf16 matrix product's rate in this very run."""
+    """Each part's time, FLOPs and share of the rate of a matrix product in the same
+    precision (bf16 where the device is fast at it) and run."""
     device = device_of(args.device)
     base, jam = (VideoJAM.load(weights_of(args), which, device) for which in ("base", "jam"))
     preset, B, result = base.config, args.batch, {}
     shape = preset.latent_shape()
     y = tokenize(["a red square moves left slowly"] * B).to(device)
-    product = torch.randn(4096, 4096, dtype=torch.bfloat16, device=device)
+    product = torch.randn(4096, 4096, dtype=fast_dtype(device), device=device)
     peak = 2 * 4096 ** 3 / median_time(lambda: product @ product, device)
 
-    def autocast(function):
+    def in_autocast(function):
         def run():
-            with torch.autocast(device.type, torch.bfloat16):
+            with autocast(device):
                 function()
         return run
 
@@ -647,7 +648,7 @@ def speed(args):
         z = torch.randn(B, shape[0] * (1 + model.config.motion), *shape[1:], device=device)
 
         def step():
-            with torch.autocast(device.type, torch.bfloat16):
+            with autocast(device):
                 loss = squared_errors(model, z, y, shape[0])[1].mean()
             loss.backward()
             optimizer.step()
@@ -656,12 +657,12 @@ def speed(args):
 
     def sampling(mode):
         x = torch.randn(B, *shape, device=device)
-        return autocast(lambda: euler_sample(jam.dit, x, x, y, linear_quadratic(20), mode=mode))
+        return in_autocast(lambda: euler_sample(jam.dit, x, x, y, linear_quadratic(20), mode=mode))
 
     video = sprite_clips(range(8), preset.frames, preset.size)[0].to(device)
     raft, small = RAFT.load().to(device), video[:1]
     steps = {"base": training(base.dit.train()), "jam": training(jam.dit.train())}
-    parts = {"TAE, encode a clip": (autocast(lambda: base.tae.encode(video)), len(video)),
+    parts = {"TAE, encode a clip": (in_autocast(lambda: base.tae.encode(video)), len(video)),
              "RAFT, a pair of frames": (lambda: estimate_flow(raft, small), preset.frames - 1)}
     parts |= {f"sampling, {mode}, a step of {B} clips": (sampling(mode), 20)
               for mode in ("none", "cfg", "inner")}
@@ -687,7 +688,8 @@ def speed(args):
         result[name] = {"ms": 1e3 * seconds, "GFLOP": count / 1e9, "share": count / seconds / peak}
     ratios = {"training step, jam / base": rows[1][1] / rows[0][1],
               "sampling, inner / cfg": rows[6][1] / rows[5][1],
-              "bf16 matrix product, GFLOP/s": peak / 1e9, "peak memory, GB": memory / 1e9,
+              f"matrix product, {str(product.dtype)[6:]}, GFLOP/s": peak / 1e9,
+              "peak memory, GB": memory / 1e9,
               "threads": torch.get_num_threads()}
     print(markdown((["", "ms", "GFLOP", "of the matrix product's rate"],
                     [[name, f"{r['ms']:.3g}", f"{r['GFLOP']:.3g}", f"{100 * r['share']:.0f} %"]

@@ -6,8 +6,10 @@ Flow is (..., 2, H, W) in pixels per frame, x (right) then y (down). Flow k goes
 frame k + 1; the last one is repeated, so that flow and video have the same length.
 """
 import argparse
+import functools
 import math
 import os
+import re
 import sys
 from collections import OrderedDict
 from pathlib import Path
@@ -63,6 +65,21 @@ def read_file(path, kind):
     if not isinstance(content, dict) or content.get("kind") != kind:
         raise ValueError(f"{path}: not a {kind} file")
     return content
+
+
+def fast_dtype(device):
+    """bf16 where the device multiplies it faster than fp32: GPUs, and CPUs that have instructions
+    for it. Elsewhere fp32, which is two to four times as fast there."""
+    if torch.device(device).type != "cpu":
+        return torch.bfloat16
+    has = getattr(torch.cpu, "get_capabilities", dict)()            # (torch 2.11 does not tell)
+    return torch.bfloat16 if has.get("amx_bf16") or has.get("avx512_bf16") else torch.float32
+
+
+def autocast(device, dtype=None):
+    """Matrix products in `dtype`, by default the device's fast one; the weights stay fp32."""
+    dtype = dtype or fast_dtype(device)
+    return torch.autocast(torch.device(device).type, torch.bfloat16, dtype == torch.bfloat16)
 
 
 # ---------------------------------------------------------------- Sec. 4.2: flow as RGB (Eq. 5)
@@ -507,7 +524,8 @@ class RAFT(nn.Module):
 
     @classmethod
     def load(cls, path=ROOT / "weights/raft.pt"):
-        """Our weights (fp16) or torchvision's raft_small, strictly; fp32, eval mode, no gradients.
+        """Our weights (fp16), torchvision's raft_small or the authors' raft-small.pth, strictly;
+        fp32, eval mode, no gradients.
 
         Raises ValueError, one line, where the file is missing, damaged or of another network."""
         if not Path(path).is_file():
@@ -516,6 +534,8 @@ class RAFT(nn.Module):
             state = dict(torch.load(path, map_location="cpu", weights_only=True))
         except Exception:                           # a damaged file can raise almost anything
             raise ValueError(f"{path}: damaged, or not a file of weights") from None
+        if "module.fnet.conv1.weight" in state:
+            state = {torchvision_name(key): value for key, value in state.items()}
         raft = cls()
         expected = raft.state_dict()
         for key in [*expected, *state]:
@@ -526,6 +546,23 @@ class RAFT(nn.Module):
                                  f"file, {shapes[1]} in the network")
         raft.load_state_dict(state)                 # copies into fp32 parameters
         return raft.eval().requires_grad_(False)
+
+
+AUTHORS_NAMES = (                       # of the authors' layers, as patterns -> torchvision's
+    (r"^module\.", ""), (r"^fnet\.", "feature_encoder."), (r"^cnet\.", "context_encoder."),
+    (r"(_encoder)\.conv1\.", r"\1.convnormrelu.0."), (r"(_encoder)\.conv2\.", r"\1.conv."),
+    (r"(layer\d\.\d)\.conv(\d)\.", r"\1.convnormrelu\2.0."),
+    (r"block\.encoder\.convc1\.", "block.motion_encoder.convcorr1.0."),
+    (r"block\.encoder\.convf(\d)\.", r"block.motion_encoder.convflow\1.0."),
+    (r"block\.encoder\.conv\.", "block.motion_encoder.conv.0."),
+    (r"block\.gru\.", "block.recurrent_block.convgru1."))
+
+
+def torchvision_name(key):
+    """The name that torchvision gives to a weight of the authors' raft-small.pth."""
+    for pattern, name in AUTHORS_NAMES:
+        key = re.sub(pattern, name, key)
+    return key
 
 
 def upsample(flow):
@@ -565,78 +602,196 @@ def estimate_flow(raft, video, iters=12):
 
 # ---------------------------------------------------------------- RAFT: training
 
-def flow_scenes(n, size, seed, shapes=6):
+def fractal_noise(n, side, generator):
+    """(n, 3, side, side) of deviation 1: its amplitudes fall as f^-beta with the frequency, beta
+    from 0.6 (grain) to 2 (clouds; photographs have about 1); mostly light, some colour."""
+    f = torch.hypot(torch.fft.fftfreq(side)[:, None], torch.fft.rfftfreq(side)).clamp(min=1 / side)
+    beta = torch.rand(n, 1, 1, 1, generator=generator) * 1.4 + .6
+    spectrum = torch.fft.rfft2(torch.randn(n, 3, side, side, generator=generator)) * f ** -beta
+    noise = torch.fft.irfft2(spectrum, (side, side))
+    noise = noise[:, :1] + .5 * torch.rand(n, 1, 1, 1, generator=generator) * noise
+    return noise / noise.std((1, 2, 3), keepdim=True)
+
+
+def photo_crops(photos, n, side, generator):
+    """(n, 3, side, side) in [0, 1]: random squares of random photographs (3, H, W) uint8."""
+    def below(high):
+        return int(torch.randint(high, (), generator=generator))
+
+    crops = []
+    for _ in range(n):
+        photo = photos[below(len(photos))]
+        edge = min(photo.shape[1:])
+        edge = edge // 3 + below(edge - edge // 3 + 1)
+        top, left = (below(length - edge + 1) for length in photo.shape[1:])
+        crop = photo[None, :, top:top + edge, left:left + edge].float() / 255
+        crops.append(F.interpolate(crop, (side, side), mode="bilinear", antialias=True))
+    return torch.cat(crops)
+
+
+def bent(x, y, m):
+    """The smooth bending of a layer at points x, y (n, P): two waves, of parameters m."""
+    wave = [torch.sin(m[10 + k] * x + m[12 + k] * y + m[14 + k]) for k in (0, 1)]
+    return m[16] * wave[0] + m[17] * wave[1], m[18] * wave[0] + m[19] * wave[1]
+
+
+def moved(x, y, m):
+    """Where the points x, y (n, P) of frame 1 are in frame 2: c + s + A v / (1 + g v), v = p - c,
+    with the centre c = m[0:2], shift s = m[2:4], A = m[4:8] by rows, perspective g = m[8:10]."""
+    x, y = x - m[0], y - m[1]
+    depth = 1 + m[8] * x + m[9] * y
+    return (m[0] + m[2] + (m[4] * x + m[5] * y) / depth,
+            m[1] + m[3] + (m[6] * x + m[7] * y) / depth)
+
+
+def moved_back(x, y, m):
+    """The inverse of `moved`, by Sherman and Morrison: b = A^-1 (p - c - s), v = b / (1 - g b)."""
+    x, y, det = x - m[0] - m[2], y - m[1] - m[3], m[4] * m[7] - m[5] * m[6]
+    x, y = (m[7] * x - m[5] * y) / det, (m[4] * y - m[6] * x) / det
+    depth = 1 - m[8] * x - m[9] * y
+    return m[0] + x / depth, m[1] + y / depth
+
+
+def read_photos(folder):
+    """The images of a folder as (3, H, W) uint8, sides of 64 px at least. ValueError if none."""
+    photos = []
+    for path in sorted(Path(folder).glob("*")):
+        try:
+            image = iio.imread(path)
+        except Exception:                           # whatever the decoder says of other files
+            continue
+        image = image[..., None].repeat(3, -1) if image.ndim == 2 else image[..., :3]
+        if image.ndim == 3 and image.dtype == np.uint8 and min(image.shape[:2]) >= 64:
+            photos.append(torch.from_numpy(image).permute(2, 0, 1))
+    if not photos:
+        raise ValueError(f"{folder}: no images of 64 px or more in it")
+    return photos
+
+
+def flow_scenes(n, size, seed, shapes=6, photos=()):
     """Scenes with exact flow: frame1, frame2 (n, 3, size, size) in [0, 1], flow (n, 2, size, size).
 
-    Textured or plain ellipses and polygons over a background, each with its own affine motion (up
-    to a tenth of the frame). All is a formula of continuous coordinates, so sub-pixel motion is
-    exact; flow, px from frame1 to frame2, is the front layer's at the pixel centres of frame1."""
+    A background and up to `shapes` shapes in front of it (polygons, blobs, jagged and thin ones),
+    each with a texture (fractal noise soft or hard, gradients, `photos`, or nothing) and a motion
+    of its own upon the camera's: affine, perspective and a smooth bending, shifts from nothing to
+    a third of the frame. Then light and contrast change, blur and noise. All geometry is a formula
+    of continuous coordinates; flow is the front layer's at the pixel centres of frame1."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(low, high, *shape):
         return torch.rand(n, *shape, generator=generator) * (high - low) + low
 
+    def chance(p):
+        return uniform(0, 1, 1) < p
+
+    def shift(most):                                # small ones are the most frequent
+        theta = uniform(0, 2 * math.pi, 1)
+        return torch.stack([theta.cos(), theta.sin()]) * size * most * uniform(0, 1, 1) ** 3
+
     side = torch.arange(size) + .5
-    y, x = torch.meshgrid(side, side, indexing="ij")
-    points = torch.stack([x, y], -1).view(1, -1, 2)                     # (1, P, 2)
-    frames = [torch.zeros(n, size * size, 3) for _ in range(2)]
-    flow = torch.zeros(n, size * size, 2)
+    y, x = (axis.reshape(1, -1) for axis in torch.meshgrid(side, side, indexing="ij"))  # (1, P)
+    frames = torch.zeros(2, n, 3, size * size)
+    front, motions = torch.zeros(n, size * size, dtype=torch.long), []  # the front layer's number
+    camera, camera_turn, camera_zoom = shift(.25), *uniform(-.45, .45, 1, 2).pow(3).unbind(-1)
     for layer in range(shapes + 1):                 # from the background to the front
-        # texture: waves of 4 px to the whole frame, squashed to soft or hard edges; some are plain
-        theta, length = uniform(0, 2 * math.pi, 8), size * (4 / size) ** uniform(0, 1, 8)
-        wave = torch.stack([theta.cos(), theta.sin()], 1) * (2 * math.pi / length).unsqueeze(1)
-        phase = uniform(0, 2 * math.pi, 1, 8)
-        amplitude = uniform(-1, 1, 8, 1) + uniform(-.5, .5, 8, 3)       # mostly light, some colour
-        amplitude = amplitude * (length / size).unsqueeze(-1) ** uniform(0, 1, 1, 1)
-        hardness, colour = uniform(.5, 4, 1, 1), uniform(.1, .9, 1, 3)
-        contrast = uniform(.05, .5, 1, 1) * (uniform(0, 1, 1, 1) > .33)
-        # motion: p2 = centre + shift + A (p1 - centre), small shifts being the most frequent
-        centre, theta = uniform(0, size, 1, 2), uniform(0, 2 * math.pi, 1)
-        shift = torch.stack([theta.cos(), theta.sin()], -1) * size * .1 * uniform(0, 1, 1, 1) ** 2
-        turn, zoom = uniform(-.55, .55, 1, 1) ** 3, uniform(-.06, .06, 1, 1).exp()
+        # texture: a picture of the frame's size, reflected beyond its edges
+        textured = chance(.8)                       # the others are plain
+        slope = uniform(-.4, .4, 3, 2) * uniform(0, 1, 1, 1) ** 2 @ torch.cat([x, y]) / size
+        noise = fractal_noise(n, size, generator).flatten(2) * uniform(.3, 3, 1, 1)
+        detail = slope + uniform(.05, .5, 1, 1) * noise.tanh()
+        picture = (uniform(.1, .9, 3, 1) + textured[..., None] * detail).view(n, 3, size, size)
+        if photos:
+            taken = (textured & chance(.5))[..., None, None]
+            picture = torch.where(taken, photo_crops(photos, n, size, generator), picture)
+        # motion: the parameters of `moved` and `bent`
+        own = chance(.7 if layer else .3)
+        s = camera * uniform(.5, 1.5, 1) + own * shift(.2)              # nearer or farther
+        turn = camera_turn + own * uniform(-.7, .7, 1) ** 3
+        zoom = (camera_zoom + own * uniform(-.5, .5, 1) ** 3).exp()
+        shear = own[..., None] * uniform(-.4, .4, 1, 4) ** 3
+        A = zoom * torch.stack([turn.cos(), -turn.sin(), turn.sin(), turn.cos()]) \
+            + shear.movedim(-1, 0)
+        g = own * (uniform(-1, 1, 1, 2) ** 3).movedim(-1, 0) * .5 / size
+        length, theta = size * uniform(.3, 2, 2), uniform(0, 2 * math.pi, 2)
+        k = 2 * math.pi / length                    # slope below 0.4, so that it can be inverted
+        bend = .2 / k * uniform(-1, 1, 2, 2).movedim(1, 0) * chance(.4)                 # (2, n, 2)
         if layer == 0:                              # what nobody can see move does not move
-            moves = contrast > 0
-            shift, turn, zoom = shift * moves, turn * moves / 3, torch.where(moves, zoom, 1.)
-        cos, sin = zoom * turn.cos(), zoom * turn.sin()
-        A = torch.cat([torch.cat([cos, -sin], 2), torch.cat([sin, cos], 2)], 1)     # (n, 2, 2)
-        # outline: a disc or half-planes in stretched coordinates; some layers are left out
-        stretch = uniform(-.8, .8, 1, 1).exp()
-        radius = size * uniform(.2, .6, 1, 1) ** 2 + 1
-        theta = uniform(0, 1, 6) + torch.arange(6)
-        normal, offset = torch.stack([theta.cos(), theta.sin()], 1), radius * uniform(.5, 1, 1, 6)
-        disc, present = uniform(0, 1, 1) < .4, uniform(0, 1, 1) < .7
-        local = points - centre, (points - centre - shift) @ torch.linalg.inv(A).mT
-        for frame, q in zip(frames, local):
-            paint = (q @ wave + phase).sin() @ amplitude * hardness
+            s, g, bend = s * textured, g * textured, bend * textured
+            A = torch.where(textured, A, torch.tensor([1., 0, 0, 1]).view(4, 1, 1))
+        m = torch.cat([uniform(0, size, 1, 2).movedim(-1, 0), s, A, g, *(
+            part.movedim(-1, 0).unsqueeze(-1) for part in
+            (k * theta.cos(), k * theta.sin(), uniform(0, 2 * math.pi, 2), *bend))])    # (20, n, 1)
+        motions.append(m)
+        # outline: a body of uneven radius in stretched coordinates, or half-planes
+        stretch = (uniform(-1, 1, 1) * (1 + 1.2 * chance(.2))).exp()    # some are thin
+        radius, slant = size * uniform(.2, .6, 1) ** 2 + 1, uniform(0, math.pi, 1)
+        lobes = torch.tensor([2., 3, 7, 19])
+        uneven = uniform(-.6, .6, 4) / lobes ** uniform(.2, 1.5, 1) * chance(.6)
+        turned, sides = uniform(0, 2 * math.pi, 4), uniform(0, 1, 6) + torch.arange(6)
+        offsets, body, present = radius * uniform(.5, 1, 6), chance(.6), chance(.7)
+        scale, where = uniform(.5, 1, 1, 1), uniform(-.5, .5, 1, 2)
+        back, bending = moved_back(x, y, m), bent(x, y, m)
+        for i, (u, v) in enumerate(((x, y), (back[0] + bending[0], back[1] + bending[1]))):
+            grid = torch.stack([u, v], -1).expand(n, -1, -1) * (2 * scale / size) - scale + where
+            paint = F.grid_sample(picture, grid.view(n, size, size, 2), align_corners=False,
+                                  padding_mode="reflection").flatten(2)                 # (n, 3, P)
             cover = torch.ones(n, size * size)
             if layer > 0:
-                s = torch.cat([q[..., :1] * stretch, q[..., 1:] / stretch], -1)
-                distance = torch.where(disc, s.norm(dim=-1) - radius[:, 0],
-                                       (s @ normal - offset).amax(-1))
+                u, v = u - m[0], v - m[1]
+                along = (u * slant.cos() + v * slant.sin()) * stretch
+                across = (v * slant.cos() - u * slant.sin()) / stretch
+                around, edge = torch.atan2(across, along), torch.ones(1)
+                for j in range(4):
+                    lobe = (lobes[j] * around + turned[:, j, None]).cos()
+                    edge = edge + uneven[:, j, None] * lobe
+                planes = [along * sides[:, j, None].cos() + across * sides[:, j, None].sin()
+                          - offsets[:, j, None] for j in range(6)]
+                distance = torch.where(body, torch.hypot(along, across) - radius * edge,
+                                       functools.reduce(torch.maximum, planes))
                 cover = (.5 - distance).clamp(0, 1) * present
-            frame.lerp_(colour + contrast * paint.tanh(), cover.unsqueeze(-1))
-            if frame is frames[0]:
-                motion = q @ A.mT - q + shift
-                flow = torch.where((cover >= .5).unsqueeze(-1), motion, flow)
-    lit = uniform(0, 1, 1, 1) < .3                  # some change in brightness, some are noisy
-    frames[1] = frames[1] * uniform(.85, 1.15, 1, 1) ** lit + uniform(-.08, .08, 1, 1) * lit
-    noise = uniform(-.04, .04, 1, 1).clamp(min=0)
-    frames = [(f + noise * torch.randn(f.shape, generator=generator)).clamp(0, 1) for f in frames]
-    return [f.mT.reshape(n, -1, size, size) for f in (*frames, flow)]
+            frames[i].lerp_(paint, cover.unsqueeze(1))
+            if i == 0:
+                front[cover >= .5] = layer
+    m = torch.stack(motions, 2)[..., 0].gather(2, front.expand(20, -1, -1))             # (20, n, P)
+    u, v = moved(x, y, m)
+    for _ in range(8):                              # p2 = moved(p1 - bent(p2)), a contraction
+        bending = bent(u, v, m)
+        u, v = moved(x - bending[0], y - bending[1], m)
+    flow = torch.stack([u - x, v - y], 1)
+    frames = frames.view(2, n, 3, size, size)
+    lit = chance(.4)[..., None, None]               # light and contrast change, evenly or not
+    uneven = F.interpolate(uniform(-.2, .2, 1, 2, 2), (size, size), mode="bilinear")
+    gain = (uniform(-.2, .2, 1, 1, 1) + uneven * chance(.4)[..., None, None]) * lit
+    frames[1] = frames[1].clamp(min=0) ** (uniform(-.2, .2, 1, 1, 1) * lit).exp() * gain.exp()
+    if torch.rand((), generator=generator) < .25:
+        frames = F.avg_pool2d(F.pad(frames.flatten(0, 1), (1, 1, 1, 1), mode="replicate"), 3, 1) \
+            .view_as(frames)
+    noise = uniform(-.04, .05, 1, 1, 1).clamp(min=0)
+    frames = (frames + noise * torch.randn(frames.shape, generator=generator)).clamp(0, 1)
+    return *frames, flow.view(n, 2, size, size)
 
 
-def training_pairs(step, batch, size):
-    """The batch of a step, half sprites and half scenes, at the resolution the network works at."""
-    n = batch // 2
+def training_pairs(step, batch, photos=()):
+    """The batch of a step: frame1, frame2, flow, at the resolution that the network works at.
+
+    Every fourth is a quarter as many scenes of 256 px; the others, of 128 px, are sprites of 64 px
+    enlarged, scenes of 64 px enlarged and scenes of 128 px."""
+    if step % 4 == 3:
+        return flow_scenes(max(1, batch // 4), 256, step, photos=photos)
+    sprites = batch * 3 // 8
+    scenes = (batch - sprites) // 2
     # fewer frames: faster motion, yet a square must turn by less than 45 degrees to be followed
-    frames = (12, 16, 20, 24)[step % 4]
-    video, flow, _, _ = sprite_clips(range(step * n, step * n + n), frames, size // 2)
-    clip = torch.arange(n)
+    frames = (12, 16, 20)[step % 4]
+    video, flow, _, _ = sprite_clips(range(step * sprites, (step + 1) * sprites), frames, 64)
+    clip = torch.arange(sprites)
     k = (step // 4 + 5 * clip) % (frames - 1)
+    small = [torch.cat(parts) for parts in zip((video[clip, k], video[clip, k + 1], flow[clip, k]),
+                                               flow_scenes(scenes, 64, step, photos=photos))]
     # enlarged as RAFT.prepare does to small frames; flow without mixing the motions at an outline
-    sprites = [F.interpolate(video[clip, i], scale_factor=2, mode="bilinear") for i in (k, k + 1)]
-    sprites.append(2 * F.interpolate(flow[clip, k], scale_factor=2))
-    return [torch.cat(both) for both in zip(sprites, flow_scenes(batch - n, size, step))]
+    enlarged = [F.interpolate(frame, scale_factor=2, mode="bilinear") for frame in small[:2]]
+    enlarged.append(2 * F.interpolate(small[2], scale_factor=2))
+    return [torch.cat(parts) for parts in zip(
+        enlarged, flow_scenes(batch - sprites - scenes, 128, step, photos=photos))]
 
 
 def validate(raft, out, clips=4):
@@ -658,31 +813,44 @@ def validate(raft, out, clips=4):
     return scores
 
 
-def train_raft(out="runs/raft", steps=6000, batch=8, size=128, lr=4e-4, iters=8, every=500):
-    """Trains RAFT from nothing; a second call on the same folder goes on where the first stopped.
+def train_raft(out="runs/raft", steps=20_000, batch=8, lr=4e-4, weights=None, images=None,
+               iters=8, every=500):
+    """Trains RAFT, from nothing or from `weights`; a second call on the same folder goes on where
+    the first stopped, and ends with the same weights as an uninterrupted one.
 
-    Writes out/state.pt (to resume), out/raft.pt (fp16 weights) and out/preview.png every `every`
-    steps. Data depend on the step alone, so a resumed run equals an uninterrupted one."""
+    images: a folder of photographs that become textures. Writes out/state.pt (to resume),
+    out/raft.pt (fp16 weights) and out/preview.png (see `validate`) every `every` steps."""
     out, device = Path(out), "cuda" if torch.cuda.is_available() else "cpu"
+    photos = read_photos(images) if images else ()
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    raft = RAFT().to(device, memory_format=torch.channels_last).train()
+    raft = RAFT.load(weights) if weights else RAFT()
+    raft.requires_grad_(True).to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(raft.parameters(), lr, weight_decay=1e-5, eps=1e-8)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, lr, steps + 1, pct_start=.05, anneal_strategy="linear", cycle_momentum=False)
     start, scores = 0, {}
     if (out / "state.pt").exists():
-        state = torch.load(out / "state.pt", map_location=device, weights_only=True)
+        state = read_file(out / "state.pt", "raft training")
         start = state["step"]
-        for part, saved in zip((raft, optimizer, schedule), state["parts"]):
-            part.load_state_dict(saved)
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc="raft")
+        raft.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+
+    def save(step):
+        state = {"kind": "raft training", "step": step, "model": raft.state_dict(),
+                 "optimizer": optimizer.state_dict()}
+        half = {key: value.half() for key, value in raft.state_dict().items()}
+        write_file(out / "state.pt", lambda temporary: torch.save(state, temporary))
+        write_file(out / "raft.pt", lambda temporary: torch.save(half, temporary))
+
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc="raft", smoothing=.05)
     for step in bar:
-        frame1, frame2, truth = (t.to(device) for t in training_pairs(step, batch, size))
-        with torch.autocast(device, torch.bfloat16):
-            images = torch.cat([frame1, frame2]) * 2 - 1
-            features1, features2 = raft.feature_encoder(images).chunk(2)
-            flows = raft.refine(features1, features2, raft.context_encoder(images[:batch]), iters)
+        for group in optimizer.param_groups:        # a warm-up, then down to nothing in a line
+            group["lr"] = lr * min((step + 1) / (.05 * steps), (steps - step) / (.95 * steps))
+        frame1, frame2, truth = (t.to(device) for t in training_pairs(step, batch, photos))
+        with autocast(device):
+            images1 = torch.cat([frame1, frame2]) * 2 - 1
+            features1, features2 = raft.feature_encoder(images1).chunk(2)
+            context = raft.context_encoder(images1[:len(frame1)])
+            flows = raft.refine(features1, features2, context, iters)
         # sequence loss: all iterations count, later ones more
         loss = sum(.8 ** (iters - 1 - i) * (upsample(flow) - truth).abs().mean()
                    for i, flow in enumerate(flows))
@@ -690,14 +858,9 @@ def train_raft(out="runs/raft", steps=6000, batch=8, size=128, lr=4e-4, iters=8,
         loss.backward()
         nn.utils.clip_grad_norm_(raft.parameters(), 1)
         optimizer.step()
-        schedule.step()
         if (step + 1) % every == 0 or step + 1 == steps:
             scores = validate(raft, out)
-            parts = [part.state_dict() for part in (raft, optimizer, schedule)]
-            weights = {key: value.half() for key, value in parts[0].items()}
-            state = {"step": step + 1, "parts": parts}
-            write_file(out / "state.pt", lambda file: torch.save(state, file))
-            write_file(out / "raft.pt", lambda file: torch.save(weights, file))
+            save(step + 1)
             tqdm.write(f"step {step + 1}: median error of what moves, px: {scores}")
         bar.set_postfix(loss=loss.item(), **scores)
 
@@ -707,12 +870,13 @@ def main():
     parser.add_argument("--train", action="store_true", required=True,
                         help="train RAFT from nothing, or resume")
     parser.add_argument("--out", default="runs/raft", help="folder of the run")
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--size", type=int, default=128, help="pixels the network works at")
     parser.add_argument("--lr", type=float, default=4e-4)
+    parser.add_argument("--weights", help="start from these")
+    parser.add_argument("--images", help="a folder of photographs for textures")
     args = parser.parse_args()
-    train_raft(args.out, args.steps, args.batch, args.size, args.lr)
+    train_raft(args.out, args.steps, args.batch, args.lr, args.weights, args.images)
 
 
 if __name__ == "__main__":

@@ -1,153 +1,390 @@
 """Trains the TAE, the base DiT, its VideoJAM fine-tuning, and a control without motion.
 
-    python train.py                             the sprite world, every stage: 20 minutes, one core
-    python train.py --data FOLDER               own videos: FOLDER/metadata.csv with file_name, text
+    python train.py                             the sprite world, every stage
+    python train.py --data FOLDER               own videos: `find_videos` says how to lay them out
     python train.py --stage jam --steps 5000    one stage, or the same stage for longer
+    torchrun --nproc_per_node=8 train.py --preset 4b --data FOLDER      the same on many GPUs
+    python train.py --preset 30b --world 256 --dry-run                  what that would take
 
 Stages, in order: tae; encode (latents of videos and of their RGB flow); base (Eq. 3); jam (Eq. 6,
 from the base); control (Eq. 3, from the base, for exactly jam's steps, data and learning rate).
-A run is a folder: settings.json, a checkpoint a stage, latents/, previews/, metrics.jsonl, and
-model.pt, the bundle that `python sample.py --run FOLDER` takes. Everything random in a step follows
-from (seed, stage, step), so a run that was interrupted ends with the same weights to the bit.
+A run is a folder: settings.json, tae.pt, latents/, checkpoints/, previews/, metrics.jsonl, and
+model.pt, the bundle that `python sample.py --run FOLDER` takes. Everything random about a sample
+follows from (seed, stage, step, its place in the batch), so a run that was interrupted ends with
+the same weights to the bit, and the number of GPUs changes nothing but the rounding. (Checkpoints
+are torch.distributed.checkpoint's, whose index is a pickle: resume your own runs alone, and share
+model.pt, from which nothing but data is read.)
 """
 import argparse
-import copy
+import collections
+import concurrent.futures
 import csv
 import dataclasses
+import functools
 import json
+import logging
 import os
 import shutil
 import signal
 import time
+import warnings
 import zlib
 from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from flow import (HELD_OUT, RAFT, ROOT, estimate_flow, flow_to_rgb, read_file, report_errors,
-                  sprite_clips, write_file)
-from videojam import PRESETS, TAE, DiT, VideoJAM, squared_errors, tae_loss, tokenize
+from flow import (HELD_OUT, RAFT, ROOT, autocast, estimate_flow, fast_dtype, flow_to_rgb,
+                  read_file, report_errors, sprite_clips, write_file)
+from videojam import (PRESETS, TAE, DiT, Preset, VideoJAM, initialize, squared_errors, tae_loss,
+                      tokenize, widen)
 
 STAGES = ("tae", "encode", "base", "jam", "control")
-# preset -> stage -> (steps, learning rate, batch); encode's "steps" are clips. The toy's take
-# 20 minutes of one core; the paper's fine-tuning is 50,000 x 32 (4b) and 35,000 x 256 (30b) at 5e-6
+# preset -> stage -> (steps, learning rate, batch over all GPUs). encode's "steps" are clips of the
+# sprite world, or at most of each video, and its batch is a GPU's. The toy's take 20 minutes of one
+# core; the paper's fine-tuning is 50,000 x 32 (4b) and 35,000 x 256 (30b) at 5e-6
 DEFAULTS = {
     "toy": {"tae": (900, 1e-3, 4), "encode": (4096, 0, 32), "base": (2800, 3e-3, 32),
             "jam": (600, 1e-3, 32), "control": (600, 1e-3, 32)},
-    "small": {"tae": (50_000, 3e-4, 8), "encode": (100_000, 0, 8), "base": (200_000, 2e-4, 64),
+    "small": {"tae": (50_000, 3e-4, 8), "encode": (64, 0, 8), "base": (200_000, 2e-4, 64),
               "jam": (20_000, 5e-5, 64), "control": (20_000, 5e-5, 64)},
-    "4b": {"tae": (300_000, 1e-4, 32), "encode": (3_000_000, 0, 1), "base": (500_000, 1e-4, 256),
+    "4b": {"tae": (300_000, 1e-4, 32), "encode": (4, 0, 1), "base": (500_000, 1e-4, 256),
            "jam": (50_000, 5e-6, 32), "control": (50_000, 5e-6, 32)},
-    "30b": {"tae": (300_000, 1e-4, 32), "encode": (9_000_000, 0, 1), "base": (500_000, 1e-4, 1024),
+    "30b": {"tae": (300_000, 1e-4, 32), "encode": (4, 0, 1), "base": (500_000, 1e-4, 1024),
             "jam": (35_000, 5e-6, 256), "control": (35_000, 5e-6, 256)},
 }
-VERSION = 2                             # of a run's folder: raised when old runs cannot go on
-SHARD = 512                             # clips in a file of latents
-CHECKPOINT_SECONDS = 60
+VERSION = 3                             # of a run's folder: raised when old runs cannot go on
+SHARD = 256                             # clips in a file of latents
+CHECKPOINT_SECONDS = 60                 # between two; or 20 times what one takes to write
 T_BINS = 5                              # losses are reported apart for t in [0, .2), [.2, .4), ...
+BAD_STEPS = 10                          # so many not finite in a row end the run
+
+
+# ---------------------------------------------------------------- one process, or torchrun's
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def ranks():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def say(text):
+    if rank() == 0:
+        tqdm.write(text)
+
+
+def wait_for_all():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def agreed(device, *flags):
+    """Which of the flags hold on any rank, so that all of them go the same way."""
+    if ranks() == 1:
+        return flags
+    votes = torch.tensor(flags, dtype=torch.int32, device=device)
+    dist.all_reduce(votes, dist.ReduceOp.MAX)
+    return votes.bool().tolist()
 
 
 # ---------------------------------------------------------------- data
 
-class Sprites:
-    """The sprite world, endless: clip i is seed i, with its exact flow."""
-    def __init__(self, preset, rich):
-        self.preset, self.rich = preset, rich
+SUFFIXES = {".mp4", ".mov", ".webm", ".avi", ".gif", ".mkv", ".m4v", ".mpg", ".mpeg"}
+CAPTION_COLUMNS = ("text", "caption", "prompt")
+logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)     # it warns of every resized video
+# nor need anyone know that one process saves alone, or that nobody writes into the TAE's output
+warnings.filterwarnings("ignore", "torch.distributed is disabled")
+warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
 
-    def clips(self, indices):
-        """Video and RGB flow (n, T, 3, H, W) in [0, 1], captions."""
-        video, flow, captions, _ = sprite_clips(indices, self.preset.frames, self.preset.size,
+
+def find_videos(folder):
+    """What a folder offers: the layout's name and [(file name, caption or None), ...], from either
+    metadata.csv or metadata.jsonl (file_name and text, caption or prompt: Hugging Face's
+    videofolder), prompts.txt and videos.txt (line by line: diffusers), or a .txt beside each video,
+    in folders inside the folder too. Bytes that are not UTF-8 come as lone surrogates."""
+    folder = Path(folder)
+
+    def text(name):
+        return open(folder / name, newline="", encoding="utf-8", errors="surrogateescape")
+
+    for name in ("metadata.csv", "metadata.jsonl"):
+        if (folder / name).is_file():
+            try:
+                with text(name) as file:
+                    rows = list(csv.DictReader(file)) if name.endswith(".csv") else \
+                        [json.loads(line) for line in file if line.strip()]
+            except (csv.Error, json.JSONDecodeError) as error:
+                raise ValueError(f"{folder / name}: cannot be read: {error}") from None
+            column = next((c for c in CAPTION_COLUMNS if any(c in row for row in rows)), None)
+            if not rows or not column or not any("file_name" in row for row in rows):
+                raise ValueError(f"{folder / name}: needs rows with file_name and one of "
+                                 f"{', '.join(CAPTION_COLUMNS)}")
+            return name, [(str(row.get("file_name") or ""), row.get(column)) for row in rows]
+    if (folder / "prompts.txt").is_file() and (folder / "videos.txt").is_file():
+        with text("videos.txt") as names, text("prompts.txt") as prompts:
+            names, prompts = names.read().splitlines(), prompts.read().splitlines()
+        if len(names) != len(prompts):
+            raise ValueError(f"{folder}: videos.txt has {len(names)} lines, prompts.txt has "
+                             f"{len(prompts)}: one caption a video")
+        return "videos.txt and prompts.txt", list(zip(names, prompts))
+    found = []
+    for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
+        if path.suffix.lower() in SUFFIXES:
+            beside = path.with_suffix(".txt")
+            caption = text(beside.relative_to(folder)).read() if beside.is_file() else None
+            found.append((str(path.relative_to(folder)), caption))
+    if not found:
+        raise ValueError(f"{folder}: no videos in it, nor metadata.csv, metadata.jsonl, or "
+                         f"prompts.txt with videos.txt")
+    return "a .txt beside each video", found
+
+
+def examine(path, caption, preset):
+    """How many frames of the preset's rate a video has. ValueError says why it cannot be used."""
+    if not isinstance(caption, str) or not caption.strip():
+        raise ValueError("no caption")
+    try:
+        caption.encode()
+    except UnicodeEncodeError:
+        raise ValueError("its caption is not UTF-8") from None
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError("not a video by its name")
+    if not path.is_file():
+        raise ValueError("no such file")
+    if not path.stat().st_size:
+        raise ValueError("an empty file")
+    try:
+        seconds = iio.immeta(path, plugin="FFMPEG")["duration"]
+    except Exception:                       # whatever the decoder says of a broken file
+        raise ValueError("cannot be decoded") from None
+    frames = int(seconds * preset.fps + .1)
+    if frames < preset.frames:
+        raise ValueError(f"too short: a clip takes {preset.frames} frames, {preset.fps} a second")
+    return frames
+
+
+def read_clip(path, start, frames, fps, size):
+    """(frames, 3, size, size) uint8 of a video file from the time `start`, in frames of `fps`:
+    frame k shows what the file shows at (start + k) / fps seconds; scaled, its middle cut out. (A
+    seek can be off by a frame in old formats: the last one is then shown twice.)"""
+    filters = (f"fps={fps}:round=up,tpad=stop=1:stop_mode=clone,format=rgb24,"
+               f"scale={size}:{size}:force_original_aspect_ratio=increase,crop={size}:{size}")
+    try:
+        video = np.stack(list(iio.imiter(
+            path, plugin="FFMPEG", input_params=["-ss", f"{start / fps:.4f}"],
+            output_params=["-vf", filters, "-frames:v", str(frames)])))
+    except Exception:                       # whatever the decoder says of a broken file
+        raise ValueError("cannot be decoded") from None
+    if video.shape != (frames, size, size, 3):
+        raise ValueError(f"{len(video)} of {frames} frames from {start / fps:.1f} s on: cut off?")
+    return torch.from_numpy(video).permute(0, 3, 1, 2)
+
+
+class Sprites:
+    """The sprite world, endless: clip i is seed i, with its exact flow, or RAFT's with `raft`."""
+    def __init__(self, preset, rich, raft=None):
+        self.preset, self.rich, self.raft = preset, rich, raft
+
+    def keys(self, n):
+        """What encode takes: n clips in all."""
+        return list(range(n))
+
+    def read(self, keys):
+        """-> video (n, T, 3, H, W) in [0, 1], captions, what `motion` takes, {name: why not}."""
+        video, flow, captions, _ = sprite_clips(keys, self.preset.frames, self.preset.size,
                                                 self.rich)
-        return video, flow_to_rgb(flow), captions
+        return video, captions, flow, {}
+
+    def motion(self, video, flow):
+        """RGB flow (n, T, 3, H, W) in [0, 1] of what `read` gave."""
+        return flow_to_rgb(flow if self.raft is None else estimate_flow(self.raft, video))
+
+    training = read                         # clips 0, 1, 2, ... of the training
 
     def held_out(self, n):
-        return self.clips(range(HELD_OUT, HELD_OUT + n))
-
-
-def read_video(path, fps, size):
-    """A video file at `fps` and cropped to a square: (T, 3, size, size) uint8."""
-    meta = iio.immeta(path, plugin="FFMPEG")
-    step, frames = meta["fps"] / fps, []
-    for index, frame in enumerate(iio.imiter(path, plugin="FFMPEG")):
-        # output frame k shows what the input shows at time k / fps; slow videos repeat frames
-        while round(len(frames) * step) == index:
-            image = torch.from_numpy(frame).permute(2, 0, 1)[None].float()
-            scale = size / min(image.shape[-2:])
-            sides = [max(size, round(side * scale)) for side in image.shape[-2:]]
-            image = F.interpolate(image, sides, mode="bilinear", antialias=True)[0]
-            top, left = (sides[0] - size) // 2, (sides[1] - size) // 2
-            frames.append(image[:, top:top + size, left:left + size].round().byte())
-    return torch.stack(frames)
+        return self.read(range(HELD_OUT, HELD_OUT + n))
 
 
 class Folder:
-    """Videos of a folder, listed with captions in its metadata.csv; flow by RAFT. Clip i is cut
-    from video i modulo their number, at an offset that i decides."""
-    def __init__(self, path, preset):
-        self.preset, path = preset, Path(path)
-        with open(path / "metadata.csv", newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        if not rows or not {"file_name", "text"} <= set(rows[0]):
-            raise ValueError(f"{path}/metadata.csv: needs rows with columns file_name and text")
-        raft, self.videos, self.motions, self.captions = RAFT.load(), [], [], []
-        for row in tqdm(rows, desc="reading videos, estimating their flow"):
-            try:
-                video = read_video(path / row["file_name"], preset.fps, preset.size)
-            except Exception as error:      # whatever the decoder says of a broken file
-                tqdm.write(f"skipped {row['file_name']}: {' '.join(str(error).split())[:100]}")
-                continue
-            if len(video) < preset.frames:
-                tqdm.write(f"skipped {row['file_name']}: {len(video)} frames at {preset.fps} fps, "
-                           f"a clip takes {preset.frames}")
-                continue
-            flow = estimate_flow(raft, video[None] / 255)[0]
-            self.videos.append(video)
-            self.motions.append((flow_to_rgb(flow) * 255).round().byte())
-            self.captions.append(row["text"])
+    """Videos of a folder, their flow by RAFT. A key is (file name, first frame, caption)."""
+    def __init__(self, folder, preset, raft, out, workers):
+        self.folder, self.preset, self.raft = Path(folder), preset, raft
+        if rank() == 0:
+            self.examine_all(out / "videos.json", workers)
+        wait_for_all()
+        listing = json.loads((out / "videos.json").read_text())
+        self.videos = {name: entry for name, entry in listing.items() if "frames" in entry}
         if not self.videos:
-            raise ValueError(f"{path}: none of the {len(rows)} videos in metadata.csv can be used")
-        print(f"{path}: {len(self.videos)} of {len(rows)} videos, "
-              f"{sum(map(len, self.videos)) / preset.fps:.0f} s at {preset.fps} fps")
+            raise ValueError(f"{folder}: none of its {len(listing)} videos can be used")
+        clip = preset.frames * 3 * preset.size ** 2
+        self.recent, self.room = {}, 2 ** 30 // clip        # RGB flow of recent clips, 1 GB at most
+        self.read_one = functools.lru_cache(self.room)(self.read_one)
+        # for training without latents: in an order of no meaning that new videos do not disturb
+        self.order = sorted(self.keys(64), key=lambda key: zlib.crc32(repr(key).encode()))
 
-    def clips(self, indices):
-        T, cuts, captions = self.preset.frames, [], []
+    def examine_all(self, path, workers):
+        """Writes {name: {caption, frames} or {reason}}; files that have not changed since the last
+        time are not opened again. Says what was found, used and skipped, and why."""
+        layout, found = find_videos(self.folder)
+        before = json.loads(path.read_text()) if path.is_file() else {}
+        listing = {}
+
+        def entry(name, caption):
+            file = self.folder / name
+            status = file.stat() if file.is_file() else None
+            stamp = [status.st_size, status.st_mtime_ns] if status else None
+            known = before.get(name, {})
+            if stamp and known.get("stamp") == stamp and known.get("caption") == caption:
+                return known
+            try:
+                return {"caption": caption, "stamp": stamp,
+                        "frames": examine(file, caption, self.preset)}
+            except ValueError as error:
+                return {"reason": str(error)}
+
+        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+            entries = pool.map(entry, *zip(*found))
+            for (name, _), one in zip(found, tqdm(entries, "examining videos", len(found))):
+                shown = name or f"row {len(listing) + 1}, without file_name"
+                while shown in listing:
+                    shown, one = f"{shown} (again)", {"reason": "listed twice"}
+                listing[shown] = one
+        unlisted = {str(p.relative_to(self.folder)) for p in self.folder.rglob("*")
+                    if p.suffix.lower() in SUFFIXES} - set(listing)
+        listing |= {name: {"reason": f"not in {layout}"} for name in sorted(unlisted)}
+        write_file(path, lambda temporary: temporary.write_text(json.dumps(listing, indent=1)))
+        used = [one for one in listing.values() if "frames" in one]
+        seconds = sum(one["frames"] for one in used) / self.preset.fps
+        say(f"{self.folder}: {len(listing)} videos ({layout}), {len(used)} used, {seconds:.0f} s, "
+            f"{len(listing) - len(used)} skipped")
+        say_skipped({name: one["reason"] for name, one in listing.items() if "reason" in one})
+
+    def keys(self, n):
+        """What encode takes: n clips of each video, or all there are, at random offsets."""
+        keys = []
+        for name, video in self.videos.items():
+            room = video["frames"] - self.preset.frames + 1
+            starts = np.random.default_rng(zlib.crc32(name.encode())).permutation(room)[:n]
+            keys += [(name, int(start), video["caption"]) for start in starts]
+        return keys
+
+    def read_one(self, name, start):
+        return read_clip(self.folder / name, start, self.preset.frames, self.preset.fps,
+                         self.preset.size)
+
+    def read(self, keys):
+        videos, used, skipped = [], [], {}
+        for key in map(tuple, keys):
+            try:
+                videos.append(self.read_one(*key[:2]))
+                used.append(key)
+            except ValueError as error:
+                skipped[key[0]] = str(error)
+        shape = self.preset.frames, 3, self.preset.size, self.preset.size
+        video = torch.stack(videos) / 255 if videos else torch.zeros(0, *shape)
+        return video, [caption for _, _, caption in used], used, skipped
+
+    def motion(self, video, keys):
+        for key, clip in zip(keys, video):
+            if key not in self.recent:
+                rgb = flow_to_rgb(estimate_flow(self.raft, clip[None])[0])
+                self.recent[key] = (rgb * 255).round().byte().cpu()
+                if len(self.recent) > self.room:
+                    self.recent.pop(next(iter(self.recent)))
+        return torch.stack([self.recent[key] for key in keys]).to(video.device) / 255
+
+    def training(self, indices):
+        """Clip i of the training; where one cannot be decoded, the next that can stands in."""
+        keys = []
         for i in indices:
-            k = i % len(self.videos)
-            start = int(np.random.default_rng(i).integers(len(self.videos[k]) - T + 1))
-            cuts.append((self.videos[k][start:start + T], self.motions[k][start:start + T]))
-            captions.append(self.captions[k])
-        video, motion = (torch.stack(part) / 255 for part in zip(*cuts))
-        return video, motion, captions
+            for k in range(len(self.order)):
+                key = self.order[(i + k) % len(self.order)]
+                if self.read([key])[2]:
+                    break
+            else:
+                raise ValueError(f"{self.folder}: none of its videos can be decoded")
+            keys.append(key)
+        return self.read(keys)
 
-    def held_out(self, n):              # few videos: previews show clips that it learns from
-        return self.clips(range(n))
+    def held_out(self, n):                  # few videos: previews show clips that it learns from
+        return self.training(range(n))
+
+
+def say_skipped(reasons):
+    """{name: reason} as a line a reason, the most frequent first."""
+    names = collections.defaultdict(list)
+    for name, reason in reasons.items():
+        names[reason].append(name)
+    for reason, group in sorted(names.items(), key=lambda item: -len(item[1])):
+        say(f"  skipped {len(group)}: {reason}: {', '.join(group[:3])}"
+            + f" and {len(group) - 3} more" * (len(group) > 3))
 
 
 class Latents:
     """What the encode stage wrote, memory-mapped: a clip's x, d (C, T', H', W') and caption."""
     def __init__(self, folder):
-        names = sorted(path.stem for path in folder.glob("*.json"))
-        self.x = [np.load(folder / f"{name}.x.npy", mmap_mode="r") for name in names]
-        self.d = [np.load(folder / f"{name}.d.npy", mmap_mode="r") for name in names]
-        self.captions = [caption for name in names
-                         for caption in json.loads((folder / f"{name}.json").read_text())]
+        self.folder = folder
+        self.shards = sorted(path.stem for path in folder.glob("[0-9]*.json"))
+        captions = [json.loads((folder / f"{name}.json").read_text())["captions"]
+                    for name in self.shards]
+        self.captions = sum(captions, [])
+        self.ends = np.cumsum([len(part) for part in captions])
+        self.open = functools.lru_cache(4096)(self.open)
+
+    def open(self, shard, kind):
+        return np.load(self.folder / f"{self.shards[shard]}.{kind}.npy", mmap_mode="r")
 
     def batch(self, indices, max_bytes):
-        def gather(shards):
-            clips = np.stack([shards[i // SHARD][i % SHARD] for i in indices])
-            return torch.from_numpy(clips).float()
+        def gather(kind):
+            clips = []
+            for i in indices:
+                shard = int(np.searchsorted(self.ends, i, "right"))
+                clips.append(self.open(shard, kind)[i - self.ends[shard]])  # (from the end)
+            return torch.from_numpy(np.stack(clips)).float()
         y = tokenize([self.captions[i] for i in indices], max_bytes)
-        return gather(self.x), gather(self.d), y
+        return gather("x"), gather("d"), y
 
 
-# ---------------------------------------------------------------- a run and its folder
+class Ahead:
+    """load(item) of each item, in order, some of them ahead in threads (decoding waits for ffmpeg,
+    copying releases the interpreter). `waited`: seconds that the consumer stood still for them."""
+    def __init__(self, load, items, workers):
+        self.load, self.items, self.workers, self.waited = load, items, workers, 0.
+
+    def __iter__(self):
+        # (one torch thread each: more would wait for the training's, spinning)
+        pool = concurrent.futures.ThreadPoolExecutor(
+            self.workers, initializer=torch.set_num_threads, initargs=(1,))
+        pending, items = collections.deque(), iter(self.items)
+        try:
+            while True:
+                while len(pending) <= self.workers and (item := next(items, None)) is not None:
+                    pending.append(pool.submit(self.load, item))
+                if not pending:
+                    return
+                start = time.time()
+                result = pending.popleft().result()
+                self.waited += time.time() - start
+                yield result
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+# ---------------------------------------------------------------- small things that others use too
 
 def generator(*key):
-    """A random stream of its own for (seed, stage, step)."""
+    """A random stream of its own for (seed, stage, step, place in the batch)."""
     return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
 
 
@@ -197,12 +434,15 @@ def grid(*videos):
     return torch.cat(rows, -2)
 
 
+# ---------------------------------------------------------------- a run and its folder
+
 class Run:
     """A run's folder and what all of its stages share."""
     def __init__(self, args):
         self.args, self.preset = args, PRESETS[args.preset]
         self.out, self.device = Path(args.out), args.device
-        settings = {"preset": args.preset, "data": args.data, "rich": args.rich, "seed": args.seed}
+        settings = {"version": VERSION, "preset": args.preset, "data": args.data,
+                    "flow": args.flow, "rich": args.rich, "seed": args.seed}
         path = self.out / "settings.json"
         if path.is_file():
             before = json.loads(path.read_text())
@@ -210,21 +450,32 @@ class Run:
                                 if before.get(k) != v)
             if changed:
                 raise ValueError(f"{self.out} was begun with {changed}: take another --out")
-        if args.data and not (Path(args.data) / "metadata.csv").is_file():
-            raise ValueError(f"{args.data}: no metadata.csv (columns file_name and text) in it")
+        if args.data and not Path(args.data).is_dir():
+            raise ValueError(f"--data {args.data}: no such folder")
+        if args.data:
+            find_videos(args.data)              # says what is wrong before anything is written
+        self.bundle = read_file(args.init, "videojam") if args.init else None
+        if self.bundle and Preset.from_dict(self.bundle["config"]) != self.preset:
+            raise ValueError(f"--init {args.init}: of another size than the preset {args.preset}")
         try:
-            (self.out / "previews").mkdir(parents=True, exist_ok=True)
-            write_file(path, lambda temporary: temporary.write_text(json.dumps(settings, indent=1)))
+            for folder in ("previews", "latents", "checkpoints"):
+                (self.out / folder).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"cannot write into {self.out}: {error.strerror}") from None
-        self.world = None
+        wait_for_all()
+        if rank() == 0:
+            write_file(path, lambda temporary: temporary.write_text(json.dumps(settings, indent=1)))
+            if self.bundle and not (self.out / "tae.pt").exists():
+                self.write_tae(self.bundle["tae"], f"--init {args.init}")
+        wait_for_all()
 
-    def data(self):
+    @functools.cached_property
+    def world(self):
         """The videos, read only when a stage needs them."""
-        if self.world is None:
-            self.world = Folder(self.args.data, self.preset) if self.args.data else \
-                Sprites(self.preset, self.args.rich)
-        return self.world
+        raft = RAFT.load().to(self.device) if self.args.flow == "raft" else None
+        if self.args.data:
+            return Folder(self.args.data, self.preset, raft, self.out, self.args.workers)
+        return Sprites(self.preset, self.args.rich, raft)
 
     def setting(self, stage):
         """(steps, learning rate, batch) of a stage: the flags, or the preset's defaults."""
@@ -232,254 +483,570 @@ class Run:
         pairs = zip(flags, DEFAULTS[self.args.preset][stage])
         return tuple(default if flag is None else flag for flag, default in pairs)
 
-    def checkpoint(self, stage):
-        """A stage's last checkpoint, None before the first."""
-        path = self.out / f"{stage}.pt"
-        state = read_file(path, "checkpoint") if path.exists() else None
-        if state and state.get("version") != VERSION:
-            raise ValueError(f"{path}: of another version of train.py, take another --out")
-        return state
+    def held_out(self, n):
+        """Clips to look at: video and RGB flow (n, T, 3, H, W), captions."""
+        video, captions, extra, _ = self.world.held_out(n)
+        return video, self.world.motion(video.to(self.device), extra).cpu(), captions
 
-    def finished(self, stage, module):
-        """The module with a stage's weights (EMA) in it, and the step that they are of."""
-        state = self.checkpoint(stage)
-        if state is None:
-            raise ValueError(f"{self.out}: has no {stage} yet, run --stage {stage} first")
-        if state["step"] < state["of"]:
-            raise ValueError(f"{self.out}: {stage} stopped at step {state['step']} of "
-                             f"{state['of']}, finish it first with --stage {stage}")
-        module.load_state_dict(state["ema"])
-        return module.to(self.device).eval(), state["step"]
+    # the TAE: one file, made by its stage or by --init
+
+    def write_tae(self, state, origin):
+        content = {"kind": "tae", "origin": origin, "state": state}
+        write_file(self.out / "tae.pt", lambda temporary: torch.save(content, temporary))
 
     def tae(self):
-        return self.finished("tae", TAE(self.preset.tae))[0].requires_grad_(False)
+        """The run's TAE, eval mode, no gradients."""
+        path = self.out / "tae.pt"
+        if not path.exists():
+            raise ValueError(f"{self.out}: has no tae yet, run --stage tae first")
+        tae = TAE(self.preset.tae)
+        tae.load_state_dict(read_file(path, "tae")["state"])
+        return tae.to(self.device).eval().requires_grad_(False)
+
+    # checkpoints: a folder each, complete once it has its status.json
+
+    def last(self, stage):
+        """The folder and the status of a stage's last complete checkpoint, or two None."""
+        for path in sorted((self.out / "checkpoints").glob(f"{stage}-*"), reverse=True):
+            if (path / "status.json").is_file():
+                return path, json.loads((path / "status.json").read_text())
+        return None, None
+
+    def save(self, stage, step, state, status):
+        """A checkpoint of tensors (sharded or not) and of `status`; the last two are kept."""
+        path = self.out / "checkpoints" / f"{stage}-{step:09d}"
+        if rank() == 0:
+            shutil.rmtree(path, ignore_errors=True)
+        wait_for_all()
+        try:
+            dcp.save(state, checkpoint_id=path, no_dist=not dist.is_initialized())
+            if rank() == 0:
+                write_file(path / "status.json", lambda temporary: temporary.write_text(
+                    json.dumps({"step": step, **status})))
+        except (OSError, ValueError, RuntimeError, dcp.api.CheckpointException) as error:
+            shutil.rmtree(path, ignore_errors=True)
+            kept = self.last(stage)[1]
+            raise ValueError(
+                f"cannot write {path}: {' '.join(str(error).split())[-200:]}; "
+                + (f"the checkpoint of step {kept['step']} is whole" if kept else
+                   "there is no earlier checkpoint")) from None
+        wait_for_all()
+        if rank() == 0:
+            for old in sorted((self.out / "checkpoints").glob(f"{stage}-*"))[:-2]:
+                (old / "status.json").unlink(missing_ok=True)
+                shutil.rmtree(old, ignore_errors=True)
+
+    def finished(self, stage):
+        """A finished stage's checkpoint: its folder and step."""
+        path, status = self.last(stage)
+        if path is None:
+            raise ValueError(f"{self.out}: has no {stage} yet, run --stage {stage} first")
+        if status["step"] < status["of"]:
+            raise ValueError(f"{self.out}: {stage} stopped at step {status['step']} of "
+                             f"{status['of']}, finish it first with --stage {stage}")
+        return path, status["step"]
+
+    def average(self, path, module):
+        """Fills a whole module, on this process alone, with the average (EMA) of a checkpoint."""
+        dcp.load({"ema": dict(module.named_parameters())}, checkpoint_id=path, no_dist=True)
+        return module
 
     def log(self, **row):
-        with open(self.out / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+        if rank() == 0:
+            with open(self.out / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
 
     def forget_after(self, stage, step):
         """Takes the rows of steps that are to be done again out of metrics.jsonl."""
         path = self.out / "metrics.jsonl"
-        if path.exists():
+        if rank() == 0 and path.exists():
             lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
             kept = [row for row in map(json.loads, lines)
                     if row["stage"] != stage or row["step"] <= step]
             text = "".join(json.dumps(row) + "\n" for row in kept)
             write_file(path, lambda temporary: temporary.write_text(text))
 
+    def whole_dit(self, path, stage, dtype=torch.float32):
+        """A stage's DiT, averaged, on this process alone."""
+        with torch.device("meta"):
+            dit = self.new_dit(motion=stage == "jam")
+        dit = dit.to(dtype).to_empty(device="cpu").requires_grad_(False)
+        return self.average(path, dit)
+
     def export(self):
         """model.pt: the TAE and every DiT that is trained by now."""
-        dits = {}
-        for stage in ("jam", "base", "control"):
-            state = self.checkpoint(stage)
-            if state and state["step"] == state["of"]:
-                dits[stage] = self.new_dit(motion=stage == "jam")
-                dits[stage].load_state_dict(state["ema"])
-        if dits:
-            which = next(iter(dits))
-            bundle = VideoJAM(self.preset, self.tae(), dits.pop(which), which)
-            bundle.save(self.out / "model.pt", **dits)
+        if rank() == 0:
+            dits = {}
+            for stage in ("jam", "base", "control"):
+                path, status = self.last(stage)
+                if path and status["step"] == status["of"]:
+                    dits[stage] = self.whole_dit(path, stage, torch.float16)
+            if dits:
+                which = next(iter(dits))
+                bundle = VideoJAM(self.preset, self.tae(), dits.pop(which), which)
+                bundle.save(self.out / "model.pt", **dits)
+        wait_for_all()
 
     def new_dit(self, motion=False):
         return DiT(dataclasses.replace(self.preset.dit, motion=motion))
 
 
+# ---------------------------------------------------------------- on one GPU or many
+
+def mesh_of(args):
+    """torchrun's processes as (shard) or, with --replicas, (replicate, shard); None without it."""
+    if not dist.is_initialized():
+        return None
+    if ranks() % args.replicas:
+        raise ValueError(f"--replicas {args.replicas}: does not divide {ranks()} processes")
+    if args.replicas == 1:
+        return init_device_mesh(args.device.type, (ranks(),))
+    return init_device_mesh(args.device.type, (args.replicas, ranks() // args.replicas),
+                            mesh_dim_names=("replicate", "shard"))
+
+
+def materialize(model, device):
+    """Gives the modules that are still on the meta device memory and first weights."""
+    empty = [module for module in model.modules()
+             if any(p.is_meta for p in module.parameters(recurse=False))]
+    for module in empty:
+        module.to_empty(device=device, recurse=False)
+    initialize(empty)
+
+
+def distribute(model, run):
+    """FSDP2, layer by layer and the rest as one: weights, gradients, averages and moments live in
+    shards of fp32, a layer is gathered in the compute precision when its turn comes. Layers still
+    on the meta device are made just before, so no process ever holds more than one whole.
+    Without torchrun it is the same model, in one piece."""
+    mesh, compute = mesh_of(run.args), run.args.precision
+    options = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if compute == torch.bfloat16 else None,
+        reduce_dtype=torch.float32, cast_forward_inputs=False)}         # t must stay fp32
+    layers = [*model.text.layers, *model.blocks, model] if isinstance(model, DiT) else \
+        [model.encoder, model.decoder]
+    torch.manual_seed(run.args.seed)
+    for layer in layers:
+        materialize(layer, run.device)
+        layer.to(run.device)
+        if run.args.compile and isinstance(model, DiT) and layer is not model:
+            layer.compile()
+        if mesh is not None:
+            fully_shard(layer, **options)
+    return model.to(run.device) if mesh is None else model
+
+
+def assign(parameter, whole):
+    """Copies a whole tensor into a parameter, of which this process may hold a shard only."""
+    with torch.no_grad():
+        whole = whole.to(parameter.device, parameter.dtype)
+        if isinstance(parameter, DTensor):
+            whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
+        parameter.copy_(whole)
+
+
+MOTION_ROWS = {"W_in.weight": 1, "W_out.weight": 0}     # the two layers of Sec. 4.2 and their axes
+
+
+def begin_from(model, read, C):
+    """Weights of another DiT for this one, sharded or not: read({name: tensor}) fills tensors. A
+    model with motion that begins from one without has zeros for it (Sec. 4.2)."""
+    wanted = dict(model.named_parameters())
+    known = read(None)                                  # {name: shape} of what there is
+    narrow = {name: torch.empty(known[name]) for name in MOTION_ROWS
+              if known[name] != wanted[name].shape}
+    read({**wanted, **narrow})
+    for name, weight in narrow.items():
+        assign(wanted[name], widen(weight, MOTION_ROWS[name], C, channel_last=True))
+
+
 # ---------------------------------------------------------------- one loop for every stage
 
-def average(values):
-    """The mean of numbers, or of rows of them by column, without NaNs; None where none is left."""
-    columns = [c[~np.isnan(c)] for c in np.array(values, float).reshape(len(values), -1).T]
-    means = [round(float(c.mean()), 5) if len(c) else None for c in columns]
-    return means if isinstance(values[0], list) else means[0]
+def summary(reports):
+    """Rows {"t": (n,), name: (n,)} of many steps -> means, and by bin of t (None if empty)."""
+    columns = {k: np.concatenate([report[k] for report in reports]) for k in reports[0]}
+    t, row = columns.pop("t", None), {}
+    for name, values in columns.items():
+        row[name] = round(float(values.mean()), 6)
+        if t is not None:
+            which = (t * T_BINS).astype(int).clip(0, T_BINS - 1)
+            parts = [values[which == b] for b in range(T_BINS)]
+            row[name.replace("loss", "bins")] = [round(float(part.mean()), 6) if len(part) else None
+                                                 for part in parts]
+    return row
 
 
-def optimize(run, stage, model, loss_of, preview, finish=lambda ema: None, origin=None):
+def optimize(run, stage, model, load, loss_of, preview, stream=None, origin=None):
     """Trains `model` for a stage's steps, from its last checkpoint on: AdamW, gradients clipped to
     norm 1, an exponential moving average (EMA) of the weights; a short warm-up, then a constant
     learning rate that falls to zero over the last 30% (a stage made longer goes back up).
 
-    loss_of(step) -> scalar loss, {name: float or list} to report; preview(ema, step) writes a
-    video; finish(ema) completes the average at the end; `origin`: what the stage starts from."""
-    steps, lr, batch = run.setting(stage)
-    print(f"{stage}: {steps} steps, lr {lr:g}, batch {batch}, "
-          f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {run.device}, "
-          f"{'compiled' if run.args.compile else 'not compiled'}")
-    model.to(run.device).train()
-    ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr, (.9, .99), weight_decay=0, fused=True)
-    step, state = 0, run.checkpoint(stage)
-    settings = {"lr": lr, "batch": batch, "origin": origin, "uniform_t": run.args.uniform_t}
-    if state:
-        changed = "; ".join(f"{k} {state[k]}, not {v}" for k, v in settings.items()
-                            if state[k] != v)
+    load(step, places) -> the data of places in the batch, in a thread ahead of time;
+    loss_of(data, rows, draws) -> scalar loss, {name: (n,)} to report, of some rows of that data,
+    with a generator for each; preview(path, step) shows the average in a checkpoint's folder."""
+    args, (steps, lr, batch) = run.args, run.setting(stage)
+    if batch % (ranks() * args.accumulate):
+        raise ValueError(f"{stage}: a batch of {batch} does not divide into {ranks()} processes x "
+                         f"{args.accumulate} parts (--batch, --accumulate)")
+    say(f"{stage}: {steps} steps, lr {lr:g}, batch {batch} = {ranks()} processes x "
+        f"{args.accumulate} x {batch // ranks() // args.accumulate}, "
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {run.device}, "
+        f"{str(args.precision)[6:]}, {'compiled' if args.compile else 'not compiled'}")
+    weights = dict(model.train().named_parameters())
+    average = {name: weight.detach().clone() for name, weight in weights.items()}
+    optimizer = torch.optim.AdamW(weights.values(), lr, (.9, .99), weight_decay=0, fused=True)
+    for weight in weights.values():                 # made at once, so that a checkpoint can fill it
+        optimizer.state[weight] = {"step": torch.zeros((), device=run.device),
+                                   "exp_avg": torch.zeros_like(weight),
+                                   "exp_avg_sq": torch.zeros_like(weight)}
+    state = {"model": weights, "ema": average,
+             "optimizer": {name: optimizer.state[weight] for name, weight in weights.items()}}
+    settings = {"lr": lr, "batch": batch, "origin": origin, "uniform_t": args.uniform_t}
+    step, (path, status) = 0, run.last(stage)
+    if path:
+        changed = "; ".join(f"{k} {status[k]}, not {v}" for k, v in settings.items()
+                            if status[k] != v)
         if changed:
-            raise ValueError(f"{run.out}/{stage}.pt was begun with {changed}: take another --out, "
-                             f"or delete that file to begin the stage again")
-        model.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
+            raise ValueError(f"{path} was begun with {changed}: take another --out, or delete "
+                             f"{stage}'s checkpoints to begin the stage again")
+        step = status["step"]
+        with torch.no_grad():
+            dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
     run.forget_after(stage, step)
     if step >= steps:
-        return print(f"{stage}: {step} steps are done already")
+        return say(f"{stage}: {step} steps are done already")
 
-    def save():
-        content = {"kind": "checkpoint", "version": VERSION, "stage": stage, "step": step,
-                   "of": steps, **settings, "model": model.state_dict(), "ema": ema.state_dict(),
-                   "optimizer": optimizer.state_dict()}
-        write_file(run.out / f"{stage}.pt", lambda temporary: torch.save(content, temporary))
-
-    if run.args.compile and isinstance(model, DiT):
-        model.compile_blocks()
-    saved, recent, every = time.time(), [], max(1, min(50, steps // 10))
-    bar = tqdm(total=steps, initial=step, desc=stage, smoothing=.05)
-    stopped = []                                            # Ctrl-C waits for the end of the step
-    handler = signal.signal(signal.SIGINT, lambda *_: stopped.append(True))
+    local = batch // ranks()
+    places = range(rank() * local, (rank() + 1) * local)
+    ahead = Ahead(lambda step: load(step, places), range(step, steps), args.workers)
+    begun, saved, recent, bad = time.time(), time.time(), [], []
+    every = max(1, min(50, steps // 10))
+    bar = tqdm(total=steps, initial=step, desc=stage, smoothing=.05, disable=rank() > 0)
+    stopped = []                                    # Ctrl-C and SIGTERM wait for the step's end
+    handlers = {s: signal.signal(s, lambda *_: stopped.append(True))
+                for s in (signal.SIGINT, signal.SIGTERM)}
+    batches = iter(ahead)
     try:
-        while step < steps:
+        for data in batches:
             for group in optimizer.param_groups:
                 group["lr"] = lr * min(1, (step + 1) / min(200, steps / 10 + 1),
                                        (steps - step) / (.3 * steps))
-            with torch.autocast(run.device.type, torch.bfloat16):
-                loss, report = loss_of(step)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
-            optimizer.step()
+            for part in range(args.accumulate):
+                rows = range(local)[part * local // args.accumulate:
+                                    (part + 1) * local // args.accumulate]
+                draws = [generator(args.seed, stream or stage, step, places[row]) for row in rows]
+                with autocast(run.device, args.precision):
+                    loss, report = loss_of(data, rows, draws)
+                (loss / args.accumulate).backward()
+                recent.append({k: v.detach().float().cpu().numpy() for k, v in report.items()})
+            norm = torch.nn.utils.clip_grad_norm_(weights.values(), 1.)
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            if norm.isfinite():
+                optimizer.step()
+                decay = min(.999, (2 + step) / (11 + step))     # short runs forget their start too
+                with torch.no_grad():
+                    torch._foreach_lerp_(list(average.values()), list(weights.values()), 1 - decay)
+                bad = []
+            else:                                   # the same on all ranks: the norm is of all
+                bad.append((step + 1, recent[-1].get("t")))
+                say(f"{stage}: step {step + 1} is not finite and is skipped")
+                recent = recent[:-args.accumulate]
             optimizer.zero_grad()
             step += 1
-            decay = min(.999, (1 + step) / (10 + step))         # short runs forget their start too
-            with torch.no_grad():
-                torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-            recent.append(report)
             bar.update()
-            if step % every == 0 or step == steps:
-                row = {k: average([r[k] for r in recent]) for k in recent[0]}
+            if len(bad) == BAD_STEPS:
+                (first, t), kept = bad[0], run.last(stage)[1]
+                raise ValueError(
+                    f"{stage}: {BAD_STEPS} steps in a row are not finite, from step {first} on"
+                    + (f", t from {t.min():.3f} to {t.max():.3f}" if t is not None else "")
+                    + f"; the last checkpoint is of step {kept['step'] if kept else 0}")
+            if (step % every == 0 or step == steps) and recent:
+                gathered = [recent]
+                if ranks() > 1:
+                    gathered = [None] * ranks()
+                    dist.all_gather_object(gathered, recent)
+                row = summary(sum(gathered, []))
                 run.log(stage=stage, step=step, lr=group["lr"], **row)
-                bar.set_postfix({k: v for k, v in row.items() if not isinstance(v, list)})
+                bar.set_postfix({k: v for k, v in row.items() if not isinstance(v, list)}
+                                | {"waits": f"{ahead.waited / (time.time() - begun):.0%}"})
                 recent = []
-            if step == steps:
-                finish(ema)
-            if step == steps or step % max(1, steps // 5) == 0:
-                preview(ema, step)
-            if step == steps or stopped or time.time() - saved > CHECKPOINT_SECONDS:
-                save()
-                saved = time.time()
-            if stopped:
+            show = step == steps or step % max(1, steps // 5) == 0
+            stop, late = agreed(run.device, bool(stopped), time.time() - saved > CHECKPOINT_SECONDS)
+            if show or stop or late:
+                start = time.time()
+                run.save(stage, step, state, {"of": steps, **settings})
+                saved = time.time() + max(0, 20 * (time.time() - start) - CHECKPOINT_SECONDS)
+            if show and rank() == 0:
+                preview(run.last(stage)[0], step)
+            if stop or show and agreed(run.device, bool(stopped))[0]:
                 raise ValueError(f"stopped at step {step} of {stage}: the same command goes on")
     finally:
-        signal.signal(signal.SIGINT, handler)
+        batches.close()
+        for which, handler in handlers.items():
+            signal.signal(which, handler)
         bar.close()
+    say(f"{stage}: waited for data {ahead.waited / (time.time() - begun):.1%} of the time")
 
 
 # ---------------------------------------------------------------- the stages
 
 def train_tae(run):
-    """The auto-encoder of videos and their RGB flow alike; then its latents' statistics."""
+    """The auto-encoder of videos and their RGB flow alike; then its latents' bases."""
     torch.manual_seed(run.args.seed)
-    tae, batch = TAE(run.preset.tae), run.setting("tae")[2]
+    tae, (steps, _, batch) = TAE(run.preset.tae), run.setting("tae")
+    if run.bundle:
+        return say(f"tae: that of {run.args.init}")
+    if run.last("tae")[1] is None and (run.out / "tae.pt").exists():
+        return say("tae: it is there already")
 
-    def loss_of(step):
-        clips = torch.cat(run.data().clips(range(step * batch, (step + 1) * batch))[:2])
-        loss = tae_loss(tae, clips.to(run.device), generator=generator(run.args.seed, "tae", step))
-        return loss, {"loss": loss.item()}
+    def load(step, places):
+        return run.world.training([step * batch + place for place in places])
 
-    def reconstructions(ema, n):
-        video, motion, _ = run.data().held_out(n)
-        with torch.no_grad(), torch.autocast(run.device.type, torch.bfloat16):
-            return [(clips, ema.decode(ema.encode(clips.to(run.device))).cpu()[:, :clips.shape[1]])
-                    for clips in (video, motion)]
+    def loss_of(data, rows, draws):
+        video, _, extra, _ = data
+        video = video[rows.start:rows.stop].to(run.device)
+        clips = torch.cat([video, run.world.motion(video, extra[rows.start:rows.stop])])
+        loss = tae_loss(tae, clips, generator=draws + draws)
+        return loss, {"loss": loss[None]}
 
-    def preview(ema, step):
-        pairs = reconstructions(ema, 8)
+    def preview(path, step):
+        whole = run.average(path, TAE(run.preset.tae)).to(run.device).requires_grad_(False)
+        video, motion, _ = run.held_out(8)
+        with autocast(run.device, run.args.precision):
+            pairs = [(clips, whole.decode(whole.encode(clips.to(run.device))).cpu()
+                      [:, :clips.shape[1]]) for clips in (video, motion)]
         psnr = [-10 * (a - b).square().mean((1, 2, 3, 4)).log10().mean().item() for a, b in pairs]
         run.log(stage="tae", step=step, psnr_video=round(psnr[0], 2), psnr_motion=round(psnr[1], 2))
-        tqdm.write(f"tae: step {step}, held-out PSNR {psnr[0]:.1f} dB, RGB flow {psnr[1]:.1f} dB")
+        say(f"tae: step {step}, held-out PSNR {psnr[0]:.1f} dB, RGB flow {psnr[1]:.1f} dB")
         write_video(run.out / f"previews/tae-{step:06d}.mp4", grid(*pairs[0], *pairs[1]),
                     run.preset.fps)
 
-    def finish(ema):
-        """The latents' basis, from 256 clips and from their RGB flow."""
-        clips = [run.data().clips(range(start, start + batch)) for start in range(0, 256, batch)]
-        with torch.autocast(run.device.type, torch.bfloat16):
-            for kind, videos in enumerate(list(zip(*clips))[:2]):
-                ema.fit_basis([video.to(run.device) for video in videos], bool(kind),
-                              generator(run.args.seed, "basis", kind))
-
-    optimize(run, "tae", tae, loss_of, preview, finish)
+    optimize(run, "tae", distribute(tae, run), load, loss_of, preview)
+    path, done = run.finished("tae")
+    origin = f"step {done}"
+    if rank() == 0 and not ((run.out / "tae.pt").exists()
+                            and read_file(run.out / "tae.pt", "tae")["origin"] == origin):
+        whole = run.average(path, TAE(run.preset.tae)).to(run.device)
+        clips = [run.world.training(range(start, start + batch)) for start in range(0, 256, batch)]
+        kinds = [video for video, *_ in clips], [run.world.motion(video.to(run.device), extra)
+                                                 for video, _, extra, _ in clips]
+        with autocast(run.device, run.args.precision):
+            for kind, videos in enumerate(kinds):
+                whole.fit_basis([video.to(run.device) for video in videos], bool(kind),
+                                generator(run.args.seed, "basis", kind))
+        run.write_tae(whole.state_dict(), origin)
+    wait_for_all()
 
 
 def encode(run):
-    """Latents of clips and of their flow, in shards; those that are there already are kept."""
+    """Latents of clips and of their flow, in shards, every rank taking its part. The manifest says
+    which clips a shard holds; clips that are in it are not encoded again, new ones are added."""
     clips, _, batch = run.setting("encode")
-    folder = run.out / "latents"
-    folder.mkdir(exist_ok=True)
-    tae, tae_step = run.finished("tae", TAE(run.preset.tae))
-    stamp = folder / "tae_step"
-    if stamp.exists() and int(stamp.read_text()) != tae_step:
-        raise ValueError(f"{folder} was encoded by the TAE of step {stamp.read_text()}, it is now "
-                         f"at {tae_step}: delete it and the stages after it, or take another --out")
-    write_file(stamp, lambda temporary: temporary.write_text(str(tae_step)))
-    shards = -(-clips // SHARD)
-    missing = [s for s in range(shards) if not (folder / f"{s:05d}.json").exists()]
-    print(f"encode: {clips} clips in {shards} shards of {SHARD}, {len(missing)} to do")
-    for shard in tqdm(missing, desc="encode", unit_scale=SHARD, unit="clip"):
-        x, d, captions = [], [], []
-        for start in range(shard * SHARD, (shard + 1) * SHARD, batch):
-            end = min(start + batch, (shard + 1) * SHARD)
-            video, motion, text = run.data().clips(range(start, end))
-            with torch.no_grad(), torch.autocast(run.device.type, torch.bfloat16):
-                x.append(tae.encode(video.to(run.device)).half().cpu().numpy())
-                d.append(tae.encode(motion.to(run.device), motion=True).half().cpu().numpy())
+    folder, tae = run.out / "latents", run.tae()
+    path = folder / "manifest.json"
+    mark = zlib.crc32(b"".join(v.cpu().numpy().tobytes() for v in tae.state_dict().values()))
+    world, manifest = run.world, {"tae": mark, "shards": []}
+    if rank() == 0:
+        if path.exists():
+            manifest = json.loads(path.read_text())
+        if manifest["tae"] != mark:
+            raise ValueError(f"{folder} was encoded by another TAE than tae.pt is now: delete it "
+                             f"and the checkpoints after it, or take another --out")
+        known = {json.dumps(key) for shard in manifest["shards"] for key in shard}
+        new = [key for key in world.keys(clips) if json.dumps(key) not in known]
+        manifest["shards"] += [new[i:i + SHARD] for i in range(0, len(new), SHARD)]
+        write_file(path, lambda temporary: temporary.write_text(json.dumps(manifest)))
+    wait_for_all()
+    shards = json.loads(path.read_text())["shards"]
+    missing = [s for s in range(len(shards)) if not (folder / f"{s:06d}.json").exists()]
+    say(f"encode: {sum(map(len, shards))} clips in {len(shards)} shards, {len(missing)} to do")
+    mine = missing[rank()::ranks()]
+    parts = [(s, start) for s in mine for start in range(0, len(shards[s]), batch)]
+    ahead = Ahead(lambda part: world.read(shards[part[0]][part[1]:part[1] + batch]), parts,
+                  run.args.workers)
+    bar = tqdm(total=sum(len(shards[s]) for s in mine), desc="encode", unit="clip",
+               disable=rank() > 0)
+    seconds, begun = collections.Counter(), time.time()
+    x, d, captions, reasons = [], [], [], {}
+    for (s, start), (video, text, extra, skipped) in zip(parts, ahead):
+        reasons |= skipped
+        if len(video):
+            clock = time.time()
+            video = video.to(run.device)
+            motion = world.motion(video, extra)
+            seconds["flow"] += time.time() - clock
+            clock = time.time()
+            with torch.no_grad(), autocast(run.device, run.args.precision):
+                x.append(tae.encode(video).half().cpu().numpy())
+                d.append(tae.encode(motion, motion=True).half().cpu().numpy())
+            seconds["TAE"] += time.time() - clock
             captions += text
-        # the captions come last: a shard that has them is complete
-        write_file(folder / f"{shard:05d}.x.npy", lambda file: np.save(file, np.concatenate(x)))
-        write_file(folder / f"{shard:05d}.d.npy", lambda file: np.save(file, np.concatenate(d)))
-        write_file(folder / f"{shard:05d}.json", lambda file: file.write_text(json.dumps(captions)))
+        bar.update(min(batch, len(shards[s]) - start))
+        if start + batch >= len(shards[s]):         # the shard is full; its captions come last
+            empty = [np.zeros((0, *run.preset.latent_shape()), np.float16)]
+            for kind, part in (("x", x), ("d", d)):
+                write_file(folder / f"{s:06d}.{kind}.npy",
+                           lambda temporary: np.save(temporary, np.concatenate(part or empty)))
+            content = json.dumps({"captions": captions, "skipped": reasons})
+            write_file(folder / f"{s:06d}.json", lambda temporary: temporary.write_text(content))
+            x, d, captions, reasons = [], [], [], {}
+    bar.close()
+    wait_for_all()
+    latents = Latents(folder)
+    skipped = {name: reason for s in latents.shards for name, reason in
+               json.loads((folder / f"{s}.json").read_text())["skipped"].items()}
+    say_skipped(skipped)
+    if bar.n:
+        total = time.time() - begun
+        shares = ", ".join(f"{k} {v / total:.0%}" for k, v in seconds.items())
+        say(f"encode: {ranks() * bar.n / total:.2f} clips a second; {shares}, waiting for video "
+            f"{ahead.waited / total:.0%}")
+    say(f"encode: {len(latents.captions)} of {sum(map(len, shards))} clips are there")
+    if not latents.captions:
+        raise ValueError(f"{folder}: no clip could be encoded")
 
 
 def train_dit(run, stage):
     """base, jam or control: the same data and lines; jam alone has d beside x."""
-    motion, origin = stage == "jam", None
-    if stage == "base":
-        torch.manual_seed(run.args.seed)
-        model = run.new_dit()
-    else:
-        model, base_step = run.finished("base", run.new_dit())
-        model.requires_grad_(True)
+    motion, C = stage == "jam", run.preset.tae.channels
+    with torch.device("meta"):
+        model = run.new_dit(motion)
+    model.recompute = run.args.recompute
+    if run.bundle:
+        dits = run.bundle["dits"]
+        which = stage if stage in dits else "base" if "base" in dits else next(iter(dits))
+        origin = f"{which} of --init {run.args.init}"
+        source = {k: v for k, v in dits[which].items()}
+
+        def read(tensors):
+            if tensors is None:
+                return {name: weight.shape for name, weight in source.items()}
+            for name, tensor in tensors.items():
+                assign(tensor, source[name])
+    elif stage != "base":
+        path, base_step = run.finished("base")
         origin = f"base at step {base_step}"
-        if motion:
-            model.add_motion()
+
+        def read(tensors):
+            if tensors is None:
+                known = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+                return {k.removeprefix("ema."): v.size for k, v in known.items()
+                        if k.startswith("ema.")}
+            dcp.load({"ema": tensors}, checkpoint_id=path, no_dist=not dist.is_initialized())
+    else:
+        origin, read = None, None
     latents = Latents(run.out / "latents")
     if not latents.captions:
         raise ValueError(f"{run.out}: has no latents yet, run --stage encode first")
-    batch, C = run.setting(stage)[2], run.preset.tae.channels
+    clips, batch = len(latents.captions), run.setting(stage)[2]
+    model = distribute(model, run)
+    if read and run.last(stage)[0] is None:
+        with torch.no_grad():
+            begin_from(model, read, C)
     # the control's draws are jam's: the same clips, noise of x, times and dropped prompts
     stream = "base" if stage == "base" else "fine-tuning"
 
-    def loss_of(step):
-        rng = generator(run.args.seed, stream, step)
-        indices = torch.randint(len(latents.captions), (batch,), generator=rng).tolist()
-        x1, d1, y = (part.to(run.device) for part in latents.batch(indices, model.config.max_bytes))
+    def load(step, places):
+        indices = torch.randint(clips, (batch,), generator=generator(run.args.seed, stream, step))
+        return latents.batch(indices[places.start:places.stop].tolist(), model.config.max_bytes)
+
+    def loss_of(data, rows, draws):
+        x1, d1, y = (part[rows.start:rows.stop].to(run.device) for part in data)
         z1 = torch.cat([x1, d1], 1) if motion else x1
-        t, errors = squared_errors(model, z1, y, C, uniform=run.args.uniform_t, generator=rng)
-        parts = {"x": errors[:, :C].detach().mean(1)}
+        t, errors = squared_errors(model, z1, y, C, uniform=run.args.uniform_t, generator=draws)
+        report = {"t": t, "loss_x": errors[:, :C].mean(1)}
         if motion:
-            parts["d"] = errors[:, C:].detach().mean(1)
-        report = {f"loss_{name}": part.mean().item() for name, part in parts.items()}
-        bins = (t * T_BINS).long().clamp(max=T_BINS - 1)
-        for name, part in parts.items():
-            report[f"bins_{name}"] = [part[bins == b].mean().item() for b in range(T_BINS)]
+            report["loss_d"] = errors[:, C:].mean(1)
         return errors.mean(), report
 
-    def preview(ema, step):
-        *_, captions = run.data().held_out(8)
-        bundle = VideoJAM(run.preset, run.tae(), ema, stage)
+    def preview(path, step):
+        dtype = torch.bfloat16 if run.device.type == "cuda" else torch.float32
+        dit = run.whole_dit(path, stage, dtype).to(run.device)
+        *_, captions = run.held_out(8)
+        bundle = VideoJAM(run.preset, run.tae(), dit, stage)
         shown = [part.cpu() for part in bundle.generate(captions, steps=30) if part is not None]
-        bundle.dit.train()
         write_video(run.out / f"previews/{stage}-{step:06d}.mp4", grid(*shown), run.preset.fps)
 
-    optimize(run, stage, model, loss_of, preview, origin=origin)
+    optimize(run, stage, model, load, loss_of, preview, stream, origin)
+
+
+# ---------------------------------------------------------------- what a run would take
+
+def saved_bytes(function):
+    """Bytes that a forward pass keeps for the backward pass, parameters apart."""
+    kept = {}
+
+    def pack(tensor):
+        if not isinstance(tensor, torch.nn.Parameter):
+            storage = tensor.untyped_storage()
+            kept[storage._cdata] = (storage.nbytes(), tensor)           # (kept alive: no id twice)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = function()
+    del output
+    return sum(size for size, _ in kept.values())
+
+
+def dry_run(args):
+    """Prints what the preset takes; the models are on the meta device, so nothing is computed."""
+    preset, world = PRESETS[args.preset], args.world
+    shape, y = preset.latent_shape(), torch.zeros(1, preset.dit.max_bytes, dtype=torch.long,
+                                                  device="meta")
+    with torch.device("meta"):
+        tae, dit = TAE(preset.tae), DiT(dataclasses.replace(preset.dit, motion=True))
+        z, t = torch.zeros(1, 2 * shape[0], *shape[1:], dtype=torch.bfloat16), torch.zeros(1)
+        video = torch.zeros(1, preset.frames, 3, preset.size, preset.size)
+    P, dit = sum(p.numel() for p in dit.parameters()), dit.to(torch.bfloat16)
+    with FlopCounterMode(display=False) as encoding, torch.no_grad():
+        tae.posterior(video)
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        dit(z, t, y)
+    layer = max(sum(p.numel() for p in block.parameters()) for block in dit.blocks)
+    kept = {}
+    for dit.recompute in (False, True):
+        kept[dit.recompute] = saved_bytes(lambda: dit(z, t, y))
+    tokens = shape[1] * (shape[2] // preset.dit.patch) * (shape[3] // preset.dit.patch)
+    steps, _, batch = (given or default for given, default in
+                       zip((args.steps, None, args.batch), DEFAULTS[args.preset]["jam"]))
+    clips = max(1, batch // world // args.accumulate)
+    # the block that is recomputed keeps what all of them would, divided among them
+    recomputed = kept[True] + kept[False] / len(dit.blocks)
+    F_forward, GB = forward.get_total_flops(), 1e9
+    train = {False: 3 * F_forward, True: 4 * F_forward}
+    print(f"{args.preset} on {world} GPUs, VideoJAM fine-tuning of {steps} steps x {batch} clips "
+          f"of {preset.frames} x {preset.size} x {preset.size}")
+    rows = [
+        ("parameters, DiT with motion rows", f"{P / 1e9:.3f} B"),
+        ("parameters, TAE", f"{sum(p.numel() for p in tae.parameters()) / 1e6:.1f} M"),
+        ("tokens a clip", f"{tokens:,} of video, {preset.dit.max_bytes // 4} of text"),
+        ("FLOPs a clip, forward", f"{F_forward / 1e12:,.2f} T"),
+        ("FLOPs a clip, training step", f"{train[False] / 1e12:,.2f} T, with recomputation "
+                                        f"{train[True] / 1e12:,.2f} T"),
+        ("FLOPs a clip, encoding (once)",
+         f"{2 * encoding.get_total_flops() / 1e12:,.2f} T and RAFT"),
+        ("memory a GPU: weights, fp32", f"{4 * P / world / GB:,.2f} GB"),
+        ("  gradients, fp32", f"{4 * P / world / GB:,.2f} GB"),
+        ("  AdamW's two moments, fp32", f"{8 * P / world / GB:,.2f} GB"),
+        ("  average (EMA), fp32", f"{4 * P / world / GB:,.2f} GB"),
+        ("  two layers gathered, bf16" if world > 1 else "  bf16 copy of a layer",
+         f"{(4 if world > 1 else 2) * layer / GB:,.2f} GB"),
+        (f"  activations of {clips} clips", f"{clips * kept[False] / GB:,.2f} GB, with "
+                                            f"recomputation {clips * recomputed / GB:,.2f} GB")]
+    total = {again: 20 * P / world + (4 if world > 1 else 2) * layer
+             + clips * (recomputed if again else kept[False]) for again in (False, True)}
+    rows.append(("  in all", f"{total[False] / GB:,.1f} GB, with recomputation "
+                             f"{total[True] / GB:,.1f} GB"))
+    for again, name in ((False, "time"), (True, "time, with recomputation")):
+        seconds = steps * batch * train[again] / (world * args.tflops * 1e12)
+        rows.append((name, f"{seconds / 3600:,.1f} h = {seconds * world / 3600:,.0f} GPU-hours"))
+    for name, value in rows:
+        print(f"  {name:<36}{value}")
+    print(f"assumed: {args.tflops:g} TFLOP/s sustained on each GPU (--tflops); backward is twice "
+          "forward; bf16 activations as the unfused graph keeps them (compiled blocks keep less); "
+          "fp32 weights, gradients, moments and average sharded over all GPUs; no time lost "
+          "waiting; text of the longest prompt; fragmentation and the framework's own GB or two on "
+          "top")
 
 
 # ---------------------------------------------------------------- command line
@@ -487,41 +1054,72 @@ def train_dit(run, stage):
 def parse():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--preset", default="toy", help=f"one of {', '.join(PRESETS)}")
-    parser.add_argument("--data", help="folder of videos and metadata.csv; default: sprite world")
+    parser.add_argument("--data", help="folder of videos and captions; default: the sprite world")
     parser.add_argument("--out", help="folder of the run; default: runs/PRESET, or runs/DATA")
     parser.add_argument("--stage", choices=STAGES, help="this one alone; default: all, in order")
-    parser.add_argument("--steps", type=int, help="of each stage run (encode: clips)")
+    parser.add_argument("--init", metavar="BUNDLE", help="a model.pt whose TAE is taken and whose "
+                        "DiTs the stages start from")
+    parser.add_argument("--steps", type=int, help="of each stage run (encode: clips; with --data, "
+                        "of each video)")
     parser.add_argument("--lr", type=float, help="learning rate of each stage run")
-    parser.add_argument("--batch", type=int, help="clips in a step of each stage run")
+    parser.add_argument("--batch", type=int, help="clips in a step of each stage run, on all GPUs")
+    parser.add_argument("--accumulate", type=int, default=1, help="parts that a process's share of "
+                        "the batch is computed in, one after the other")
+    parser.add_argument("--flow", choices=("exact", "raft"), help="where motion comes from; "
+                        "default: exact for the sprite world; videos have RAFT's")
     parser.add_argument("--rich", type=float, default=.2, help="sprite world: share of textured "
                         "backgrounds, and of scenes with several sprites (default %(default)s)")
     parser.add_argument("--uniform-t", action=argparse.BooleanOptionalAction, help="uniform t, or "
                         "logit-normal; default: uniform for the toy")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=4, help="threads that read data ahead")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), help="of matrix products; "
+                        "default: bf16 where the device is fast at it")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
                         help="torch.compile each block; default: where a C++ compiler is")
+    parser.add_argument("--recompute", action=argparse.BooleanOptionalAction, help="activation "
+                        "checkpointing of each block; default: for 4b and 30b")
+    parser.add_argument("--replicas", type=int, default=1, help="hybrid sharding: groups of GPUs "
+                        "that hold a whole model each")
+    parser.add_argument("--dry-run", action="store_true", help="print what the preset would take")
+    parser.add_argument("--world", type=int, default=1, help="dry run: GPUs")
+    parser.add_argument("--tflops", type=float, default=400, help="dry run: sustained by a GPU")
     args = parser.parse_args()
     if args.preset not in PRESETS:
         raise ValueError(f"unknown preset {args.preset!r}: one of {', '.join(PRESETS)}")
-    for name in ("steps", "lr", "batch"):
+    for name in ("steps", "lr", "batch", "accumulate", "workers", "replicas", "world", "tflops"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise ValueError(f"--{name} must be positive, got {getattr(args, name)}")
     if not 0 <= args.rich <= 1:
         raise ValueError(f"--rich must be from 0 to 1, got {args.rich}")
     if args.data:
         args.data = str(Path(args.data).resolve())
+    if args.data and args.flow == "exact":
+        raise ValueError("--flow exact: only the sprite world knows its motion, videos take raft")
+    args.flow = args.flow or ("raft" if args.data else "exact")
     args.out = args.out or f"runs/{Path(args.data).name if args.data else args.preset}"
     if args.uniform_t is None:          # where a toy's few latents lie is decided before t = .1,
         args.uniform_t = args.preset == "toy"       # of which logit-normal samples only 1.4%
     args.device = device_of(args.device)
     if args.compile is None:
         args.compile = can_compile(args.device)
+    if args.recompute is None:
+        args.recompute = args.preset in ("4b", "30b")
+    args.precision = {"bf16": torch.bfloat16, "fp32": torch.float32,
+                      None: fast_dtype(args.device)}[args.precision]
     return args
 
 
 def main():
     args = parse()
+    if args.dry_run:
+        return dry_run(args)
+    if "RANK" in os.environ:                                            # torchrun started us
+        if args.device.type == "cuda":
+            args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(args.device)
+        dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
     run = Run(args)
     for stage in [args.stage] if args.stage else STAGES:
         start = time.time()
@@ -532,8 +1130,10 @@ def main():
         else:
             train_dit(run, stage)
             run.export()
-        print(f"{stage}: {time.time() - start:.0f} s")
-    print(f'{run.out}: done. python sample.py --run {run.out} "a red square moves left"')
+        say(f"{stage}: {time.time() - start:.0f} s")
+    say(f'{run.out}: done. python sample.py --run {run.out} "a red square moves left"')
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

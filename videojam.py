@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from flow import ROOT, read_file, write_file
+from flow import ROOT, autocast, read_file, write_file
 
 # ---------------------------------------------------------------- App. C: TAE (Movie Gen's)
 
@@ -164,12 +165,20 @@ class TAE(nn.Module):
         self.mean[int(motion)], self.basis[int(motion)] = z.mean(0), basis / spread
 
 
+def draw(sample, shape, generator=None):
+    """sample (torch.randn, torch.rand) of a shape (B, ...) from one generator; or from a list of B,
+    one a sample, so that a batch can be split over GPUs and micro-batches and stay the same."""
+    if not isinstance(generator, list):
+        return sample(shape, generator=generator)
+    return torch.stack([sample(shape[1:], generator=own) for own in generator])
+
+
 def tae_loss(tae, video, mse_weight=3., kl_weight=1e-5, outlier_weight=1e-2, r=3, generator=None):
     """L1 + MSE + KL + Movie Gen's outlier penalty, a scalar. The penalty pulls in latents further
     than r deviations from the clip's mean, so that no bright spots carry global content. L1 alone,
     the median's loss, is content without small things for long: hence the squares."""
     mean, log_var = tae.posterior(video)
-    noise = torch.randn(mean.shape, generator=generator).to(mean.device)
+    noise = draw(torch.randn, mean.shape, generator).to(mean.device)
     reconstruction = tae.pixels(mean + (log_var / 2).exp() * noise)[:, :video.shape[1]]
     error, mean = reconstruction.float() - video, mean.float()
     kl = (mean ** 2 + log_var.exp() - 1 - log_var).mean() / 2
@@ -357,6 +366,28 @@ def unpatchify(tokens, p, shape):
     return x.permute(0, 6, 1, 2, 4, 3, 5).reshape(B, -1, T, H, W)
 
 
+def initialize(modules):
+    """First weights of a DiT's modules, all or some. Blocks start as the identity and u as zero: a
+    deep stack then trains at once (adaLN-Zero)."""
+    modules = list(modules)
+    for module in modules:
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight)
+        elif isinstance(module, nn.RMSNorm):
+            nn.init.ones_(module.weight)
+    for module in modules:
+        if isinstance(module, Block):
+            nn.init.zeros_(module.cross.out.weight)
+            nn.init.zeros_(module.table)
+        elif isinstance(module, DiT):
+            for zero in (module.modulation.weight, module.final_table, module.W_out.weight):
+                nn.init.zeros_(zero)
+
+
 class DiT(nn.Module):
     """u(x_t, y, t) = M(x_t W_in, y, t) W_out (Eq. 4). x (B, C, T', H', W'), t (B,) or a scalar,
     tokens (B, L) -> velocity of x's shape. After add_motion x and u are [x, d], 2C channels."""
@@ -370,21 +401,9 @@ class DiT(nn.Module):
         self.modulation = nn.Linear(c.width, 6 * c.width)
         self.blocks = nn.ModuleList([Block(c) for _ in range(c.depth)])
         self.final_table = nn.Parameter(torch.zeros(2, c.width))
+        self.recompute = False          # blocks' activations in the backward pass: less memory
         self.W_out = nn.Linear(c.width, patch_dim, bias=False)
-        self.initialize_weights()
-
-    def initialize_weights(self):
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        nn.init.normal_(self.text.embed.weight)
-        # blocks start as the identity, u as zero: a deep stack then trains at once (adaLN-Zero)
-        nn.init.zeros_(self.modulation.weight)
-        for block in self.blocks:
-            nn.init.zeros_(block.cross.out.weight)
-        nn.init.zeros_(self.W_out.weight)
+        initialize(self.modules())
 
     def add_motion(self):
         """Sec. 4.2: W_in gets zero rows for d, W_out zero columns: u^x is the same to the bit."""
@@ -415,7 +434,10 @@ class DiT(nn.Module):
         rope = rope_table((T, H // c.patch, W // c.patch), c.width // c.heads, x.device)
         h = self.W_in(patchify(x, c.patch))                                         # (B, N, width)
         for block in self.blocks:
-            h = block(h, modulation, text, mask, rope)
+            if self.recompute and torch.is_grad_enabled():
+                h = checkpoint(block, h, modulation, text, mask, rope, use_reentrant=False)
+            else:
+                h = block(h, modulation, text, mask, rope)
         shift, scale = (emb[:, None] + self.final_table).to(h.dtype).unsqueeze(2).unbind(1)
         u = self.W_out(rms_norm(h) * (1 + scale) + shift)
         return unpatchify(u, c.patch, (T, H, W)).float()
@@ -436,13 +458,13 @@ def velocity(x1, x0):
 
 def sample_t(n, uniform=False, generator=None):
     """n times in (0, 1): logit-normal(0, 1) as in Movie Gen, or uniform."""
-    return torch.rand(n, generator=generator) if uniform else \
-        torch.randn(n, generator=generator).sigmoid()
+    return draw(torch.rand, (n,), generator) if uniform else \
+        draw(torch.randn, (n,), generator).sigmoid()
 
 
 def drop(batch, p, empty, generator=None):
     """Replaces each sample of (B, ...), by a coin of its own, by that of `empty`, with chance p."""
-    coin = (torch.rand(len(batch), generator=generator) < p).to(batch.device)
+    coin = (draw(torch.rand, (len(batch),), generator) < p).to(batch.device)
     return torch.where(coin.view(-1, *[1] * (batch.ndim - 1)), empty, batch)
 
 
@@ -450,11 +472,12 @@ def squared_errors(model, z1, y, C, null=None, text_dropout=.3, motion_dropout=.
                    generator=None):
     """|u(z_t, y, t) - v|^2 of a batch: the integrand of Eq. 3 (C channels) and of Eq. 6 (2C).
     z1 (B, C or 2C, ...): x1, or [x1, d1]; y any tensor with a batch axis, null what stands for no
-    text (ours by default). Text is dropped for 30% of the samples and, independently, the noised
-    motion for 20% (set to zero; its target stays, so that motion is guessed from appearance alone).
-    Returns t (B,) and the errors, averaged over positions, (B, C or 2C)."""
+    text (ours by default); generator: one, or one for each sample (see `draw`). Text is dropped for
+    30% of the samples and, independently, the noised motion for 20% (set to zero; its target stays,
+    so that motion is guessed from appearance alone). Returns t (B,) and the errors, averaged over
+    positions, (B, C or 2C)."""
     def noise(z):
-        return torch.randn(z.shape, generator=generator).to(z)
+        return draw(torch.randn, z.shape, generator).to(z)
 
     null = null_text(y) if null is None else null.expand_as(y)
     # one CPU generator, whatever the device; what x needs is drawn before what d needs, so that a
@@ -674,7 +697,7 @@ class VideoJAM:
                  motion_steps=None, progress=None):
         """List of prompts -> video, RGB motion (None without motion): (B, T, 3, H, W) in [0, 1].
         mode: one of GUIDANCE; by default "inner", without motion "cfg". Sample i starts from the
-        noise of seed + i, the same for every model. Runs in bf16 autocast."""
+        noise of seed + i, the same for every model. In bf16 where that is fast."""
         if not prompts:
             raise ValueError("no prompt: give at least one")
         device, motion = next(self.dit.parameters()).device, self.dit.config.motion
@@ -687,7 +710,7 @@ class VideoJAM:
             draws = [torch.Generator().manual_seed(seed + start + i) for i in range(len(y))]
             x = torch.stack([torch.randn(shape, generator=g) for g in draws]).to(device)
             d = torch.stack([torch.randn(shape, generator=g) for g in draws]).to(device)
-            with torch.autocast(device.type, torch.bfloat16):
+            with autocast(device):
                 x, d = euler_sample(self.dit, x, d if motion else None, y, times, w1, w2, mode,
                                     motion_steps=motion_steps, progress=progress)
                 videos.append((self.tae.decode(x, frames=self.config.frames),
