@@ -37,6 +37,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from imageio_ffmpeg import read_frames
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -165,7 +166,7 @@ def examine(path, caption, preset):
     if not path.stat().st_size:
         raise ValueError("an empty file")
     try:
-        seconds = iio.immeta(path, plugin="FFMPEG")["duration"]
+        seconds = next(read_frames(str(path)))["duration"]
     except Exception:                       # whatever the decoder says of a broken file
         raise ValueError("cannot be decoded") from None
     frames = int(seconds * preset.fps + .1)
@@ -181,14 +182,14 @@ def read_clip(path, start, frames, fps, size):
     filters = (f"fps={fps}:round=up,tpad=stop=1:stop_mode=clone,format=rgb24,"
                f"scale={size}:{size}:force_original_aspect_ratio=increase,crop={size}:{size}")
     try:
-        video = np.stack(list(iio.imiter(
-            path, plugin="FFMPEG", input_params=["-ss", f"{start / fps:.4f}"],
-            output_params=["-vf", filters, "-frames:v", str(frames)])))
+        _, *video = read_frames(str(path), input_params=["-ss", f"{start / fps:.4f}"],
+                                output_params=["-vf", filters, "-frames:v", str(frames)])
     except Exception:                       # whatever the decoder says of a broken file
         raise ValueError("cannot be decoded") from None
-    if video.shape != (frames, size, size, 3):
+    if len(video) != frames:
         raise ValueError(f"{len(video)} of {frames} frames from {start / fps:.1f} s on: cut off?")
-    return torch.from_numpy(video).permute(0, 3, 1, 2)
+    video = np.frombuffer(b"".join(video), np.uint8).reshape(frames, size, size, 3)
+    return torch.from_numpy(video.copy()).permute(0, 3, 1, 2)
 
 
 class Sprites:
