@@ -294,7 +294,7 @@ def test_a_stage_that_was_stopped_is_refused_by_the_next_and_not_exported(
 # ---------------------------------------------------------------- several processes
 
 
-def torchrun(processes, out, *more, steps=20, **options):
+def torchrun(processes, out, *more, steps=20, seconds=60, **options):
     """train.py under torchrun with the tiny preset, `steps` in each stage; a CompletedProcess."""
     script = f"""
 import sys
@@ -302,7 +302,7 @@ sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import train
 from conftest import TINY
 from flow import report_errors
-train.PRESETS["tiny"], train.SHARD, train.CHECKPOINT_SECONDS = TINY, 16, -1
+train.PRESETS["tiny"], train.SHARD, train.CHECKPOINT_SECONDS = TINY, 16, {seconds}
 train.DEFAULTS["tiny"] = dict(tae=({steps}, 1e-3, 4), encode=(32, 0, 8), base=({steps}, 1e-3, 4),
                               jam=({steps}, 1e-3, 4), control=({steps}, 1e-3, 4))
 train.VideoJAM.generate = lambda *_, **__: (train.torch.zeros(8, 5, 3, 16, 16), None)
@@ -314,7 +314,7 @@ report_errors(train.main)
     path.write_text(script)
     command = [sys.executable, str(path)] if processes == 0 else [
         sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}",
-        "--master_port=0", *options.pop("torchrun", ()), str(path)]
+        "--standalone", *options.pop("torchrun", ()), str(path)]
     return subprocess.run([*command, *flags(out, *more)], capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
 
@@ -331,7 +331,7 @@ def test_two_processes_are_one_and_checkpoints_come_back_on_another_number(tmp_p
             assert a.keys() == b.keys() and a["step"] == b["step"]
             for loss in (key for key in a if key.startswith("loss")):
                 assert a[loss] == pytest.approx(b[loss], rel=1e-5)
-    # the last of 20 steps again, on the other number of processes
+    # the last 4 of 20 steps again, on the other number of processes
     for out, processes in ((one, 2), (two, 0)):
         whole, last = checkpoint(out, "jam"), checkpoints(out, "jam")[-1]
         assert whole["step"] == 20
@@ -360,7 +360,7 @@ train.squared_errors = burns
 """
     assert torchrun(0, out, "--stage", "tae", steps=2).returncode == 0
     assert torchrun(0, out, "--stage", "encode", steps=2).returncode == 0
-    done = torchrun(2, out, "--stage", "base", steps=8, extra=fuse,
+    done = torchrun(2, out, "--stage", "base", steps=8, seconds=-1, extra=fuse,
                     torchrun=["--max-restarts=1"])
     assert done.returncode == 0 and (out / "burnt").exists(), done.stderr[-3000:]
     assert checkpoint(out, "base")["step"] == 8
