@@ -1,12 +1,15 @@
 """Motion: optical flow as an RGB video (Eq. 5), a sprite world whose flow is exact, and RAFT.
 
+    python flow.py video.mp4        the flow of a video, as a video beside it
     python flow.py --train          train RAFT from nothing on scenes with exact flow
+    python flow.py --eval FOLDER    end-point error on pairs with true flow
 
 Flow is (..., 2, H, W) in pixels per frame, x (right) then y (down). Flow k goes from frame k to
 frame k + 1; the last one is repeated, so that flow and video have the same length.
 """
 import argparse
 import functools
+import itertools
 import math
 import os
 import re
@@ -15,6 +18,7 @@ from collections import OrderedDict
 from pathlib import Path
 
 import imageio.v3 as iio
+import imageio_ffmpeg
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -657,12 +661,11 @@ def read_photos(folder):
     photos = []
     for path in sorted(Path(folder).glob("*")):
         try:
-            image = iio.imread(path)
-        except Exception:                           # whatever the decoder says of other files
+            image = read_image(path)
+        except ValueError:
             continue
-        image = image[..., None].repeat(3, -1) if image.ndim == 2 else image[..., :3]
-        if image.ndim == 3 and image.dtype == np.uint8 and min(image.shape[:2]) >= 64:
-            photos.append(torch.from_numpy(image).permute(2, 0, 1))
+        if len(image) == 3 and min(image.shape[1:]) >= 64:
+            photos.append((image * 255).round().byte())
     if not photos:
         raise ValueError(f"{folder}: no images of 64 px or more in it")
     return photos
@@ -865,18 +868,130 @@ def train_raft(out="runs/raft", steps=20_000, batch=8, lr=4e-4, weights=None, im
         bar.set_postfix(loss=loss.item(), **scores)
 
 
+# ---------------------------------------------------------------- RAFT: flow of files
+
+def read_flow(path):
+    """True flow in the field's formats -> (2, H, W) px and which pixels are known, (H, W) bool:
+    Middlebury's .flo, or KITTI's 16-bit .png ((value - 2^15) / 64, known third)."""
+    path = Path(path)
+    if path.suffix == ".flo":
+        data = path.read_bytes()
+        width, height = np.frombuffer(data[4:12], "<i4") if len(data) >= 12 else (0, 0)
+        if data[:4] != b"PIEH" or len(data) != 12 + 8 * width * height:
+            raise ValueError(f"{path}: not a .flo file, or damaged")
+        flow = np.frombuffer(data[12:], "<f4").reshape(height, width, 2)
+        known = (np.abs(flow) < 1e9).all(-1)                            # 1e10 stands for unknown
+    else:
+        reader = imageio_ffmpeg.read_frames(str(path), pix_fmt="rgb48le", bits_per_pixel=48)
+        try:
+            width, height = next(reader)["size"]
+            data = np.frombuffer(next(reader), "<u2").reshape(height, width, 3).astype(np.float32)
+        except Exception:                           # whatever the decoder says of other files
+            raise ValueError(f"{path}: not a 16-bit png of flow") from None
+        flow, known = (data[..., :2] - 2 ** 15) / 64, data[..., 2] > 0
+    return torch.from_numpy(np.where(known[..., None], flow, 0)).permute(2, 0, 1), \
+        torch.from_numpy(known.copy())
+
+
+def read_image(path):
+    """(3, H, W) in [0, 1]."""
+    try:
+        image = iio.imread(path)
+    except Exception:                               # whatever the decoder says of other files
+        raise ValueError(f"{path}: not an image") from None
+    image = image[..., None].repeat(3, -1) if image.ndim == 2 else image[..., :3]
+    return torch.from_numpy(image).permute(2, 0, 1).float() / 255
+
+
+def evaluate(raft, folder):
+    """Prints the end-point error of every pair below `folder`, laid out as Middlebury's:
+    frame10.png and frame11.png in a folder, flow10.flo or flow10.png beside them or in the folder
+    of the same name elsewhere (other-data/Venus, other-gt-flow/Venus)."""
+    folder, rows = Path(folder), []
+    truths = {p.parent.name: p for p in sorted(folder.rglob("flow10.*"))}
+    firsts = sorted(p for p in folder.rglob("frame10.*") if p.parent.name in truths)
+    if not firsts:
+        raise ValueError(f"{folder}: no frame10.png with a flow10.flo or flow10.png of its "
+                         f"folder's name in it")
+    for first in tqdm(firsts, desc="pairs"):
+        truth, known = read_flow(truths[first.parent.name])
+        pair = [read_image(first), read_image(first.with_stem("frame11"))]
+        if not pair[0].shape[1:] == pair[1].shape[1:] == known.shape:
+            raise ValueError(f"{first}: its frames and flow are of different sizes")
+        flow = estimate_flow(raft, torch.stack(pair)[None])[0, 0]
+        error = (flow - truth).norm(dim=0)[known]
+        still = truth.norm(dim=0)[known].mean().item()
+        rows.append((first.parent.name, error.mean().item(), still))
+        tqdm.write(f"{rows[-1][0]:<24} {rows[-1][1]:8.3f} px   (no motion: {rows[-1][2]:.3f} px)")
+    print(f"{'mean of ' + str(len(rows)):<24} {np.mean([row[1] for row in rows]):8.3f} px   "
+          f"(no motion: {np.mean([row[2] for row in rows]):.3f} px)")
+
+
+def render_flow(raft, path, chunk=16):
+    """Writes the flow of a video beside it, as video-flow.mp4 (Eq. 5), and prints how large it is.
+    Frames come and go in chunks, so any length fits into memory."""
+    path = Path(path)
+    target, total, largest, count = path.with_name(f"{path.stem}-flow.mp4"), 0., 0., 0
+    try:
+        reader = imageio_ffmpeg.read_frames(str(path))
+        meta = next(reader)
+    except Exception:                               # whatever the decoder says of other files
+        raise ValueError(f"{path}: not a video that can be read") from None
+    width, height = meta["size"]
+    def write(temporary):
+        nonlocal total, largest, count
+        writer = imageio_ffmpeg.write_frames(
+            str(temporary), (width, height), fps=meta["fps"], macro_block_size=2,
+            output_params=["-crf", "12"])
+        writer.send(None)
+        frames, rgb = [], None
+        for data in itertools.chain(reader, [None]):
+            if data is not None:
+                frames.append(torch.frombuffer(bytearray(data), dtype=torch.uint8).view(
+                    height, width, 3).permute(2, 0, 1) / 255)
+            if len(frames) > 1 and (data is None or len(frames) > chunk):
+                flow = estimate_flow(raft, torch.stack(frames)[None])[0, :-1]
+                size = flow.norm(dim=1)
+                total, largest = total + size.sum().item(), max(largest, size.max().item())
+                count += size.numel()
+                rgb = (flow_to_rgb(flow) * 255).round().byte().permute(0, 2, 3, 1).contiguous()
+                for picture in rgb:
+                    writer.send(picture.numpy().tobytes())
+                bar.update(len(flow))
+                frames = frames[-1:]
+        if rgb is None:
+            writer.close()
+            raise ValueError(f"{path}: flow needs two frames at least, the video has {len(frames)}")
+        writer.send(rgb[-1].numpy().tobytes())      # the last one is repeated
+        writer.close()
+
+    pairs = max(1, round(meta["duration"] * meta["fps"]) - 1)
+    with tqdm(total=pairs, desc="estimating", unit="pair") as bar:
+        write_file(target, write)
+    print(f"{target}: mean {total / count:.3f} px, largest {largest:.2f} px a frame")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--train", action="store_true", required=True,
-                        help="train RAFT from nothing, or resume")
-    parser.add_argument("--out", default="runs/raft", help="folder of the run")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("video", nargs="?", help="write its flow beside it")
+    what.add_argument("--train", action="store_true", help="train RAFT, or resume")
+    what.add_argument("--eval", metavar="FOLDER", help="end-point error on pairs with true flow")
+    parser.add_argument("--weights", help="other weights than weights/raft.pt; --train: start from "
+                        "these (default: from nothing)")
+    parser.add_argument("--out", default="runs/raft", help="folder of the training")
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=4e-4)
-    parser.add_argument("--weights", help="start from these")
     parser.add_argument("--images", help="a folder of photographs for textures")
     args = parser.parse_args()
-    train_raft(args.out, args.steps, args.batch, args.lr, args.weights, args.images)
+    if args.train:
+        return train_raft(args.out, args.steps, args.batch, args.lr, args.weights, args.images)
+    raft = RAFT.load(args.weights or ROOT / "weights/raft.pt")
+    if args.eval:
+        evaluate(raft, args.eval)
+    else:
+        render_flow(raft, args.video)
 
 
 if __name__ == "__main__":
