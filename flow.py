@@ -900,7 +900,7 @@ def read_image(path):
     except Exception:                               # whatever the decoder says of other files
         raise ValueError(f"{path}: not an image") from None
     image = image[..., None].repeat(3, -1) if image.ndim == 2 else image[..., :3]
-    return torch.from_numpy(image).permute(2, 0, 1).float() / 255
+    return torch.from_numpy(image.copy()).permute(2, 0, 1).float() / 255
 
 
 def evaluate(raft, folder):
