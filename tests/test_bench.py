@@ -123,7 +123,7 @@ def test_every_experiment_writes_its_tables_and_a_page_that_holds_all(bundle, ru
     assert len(results["compare"]["clips"]["base"]) == 2
     page = (tmp_path / "report.html").read_text()
     assert page.count("<svg") == 2 and page.count("data:video/mp4;base64,") > 8
-    assert "http" not in page.replace("http://www.w3.org", "")      # nothing is fetched
+    assert "://" not in page.replace("http://www.w3.org", "")       # nothing is fetched
     assert json.loads(said.splitlines()[-1])["sampling, inner / cfg"] > 0
     assert not list(tmp_path.glob(".*"))
 
