@@ -723,9 +723,8 @@ def optimize(run, stage, model, load, loss_of, preview, stream=None, origin=None
     begun, saved, recent, bad = time.time(), time.time(), [], []
     every = max(1, min(50, steps // 10))
     bar = tqdm(total=steps, initial=step, desc=stage, smoothing=.05, disable=rank() > 0)
-    stopped = []                                    # Ctrl-C and SIGTERM wait for the step's end
-    handlers = {s: signal.signal(s, lambda *_: stopped.append(True))
-                for s in (signal.SIGINT, signal.SIGTERM)}
+    stopped = []                                    # Ctrl-C waits for the end of the step
+    handler = signal.signal(signal.SIGINT, lambda *_: stopped.append(True))
     batches = iter(ahead)
     try:
         for data in batches:
@@ -783,8 +782,7 @@ def optimize(run, stage, model, load, loss_of, preview, stream=None, origin=None
                 raise ValueError(f"stopped at step {step} of {stage}: the same command goes on")
     finally:
         batches.close()
-        for which, handler in handlers.items():
-            signal.signal(which, handler)
+        signal.signal(signal.SIGINT, handler)
         bar.close()
     say(f"{stage}: waited for data {ahead.waited / (time.time() - begun):.1%} of the time")
 
