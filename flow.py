@@ -938,6 +938,7 @@ def render_flow(raft, path, chunk=16):
     except Exception:                               # whatever the decoder says of other files
         raise ValueError(f"{path}: not a video that can be read") from None
     width, height = meta["size"]
+
     def write(temporary):
         nonlocal total, largest, count
         writer = imageio_ffmpeg.write_frames(

@@ -915,7 +915,7 @@ def train_dit(run, stage):
         dits = run.bundle["dits"]
         which = stage if stage in dits else "base" if "base" in dits else next(iter(dits))
         origin = f"{which} of --init {run.args.init}"
-        source = {k: v for k, v in dits[which].items()}
+        source = dits[which]
 
         def read(tensors):
             if tensors is None:
@@ -961,7 +961,7 @@ def train_dit(run, stage):
     def preview(path, step):
         dtype = torch.bfloat16 if run.device.type == "cuda" else torch.float32
         dit = run.whole_dit(path, stage, dtype).to(run.device)
-        *_, captions = run.held_out(8)
+        captions = run.world.held_out(8)[1]         # (their flow would be RAFT's work for nothing)
         bundle = VideoJAM(run.preset, run.tae(), dit, stage)
         shown = [part.cpu() for part in bundle.generate(captions, steps=30) if part is not None]
         write_video(run.out / f"previews/{stage}-{step:06d}.mp4", grid(*shown), run.preset.fps)
