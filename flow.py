@@ -506,7 +506,7 @@ class RAFT(nn.Module):
     @staticmethod
     def layout(H, W):
         """The size that frames are enlarged to, and the padding (left, right, top, bottom)."""
-        scale = max(1, min(2, 256 / min(H, W)))     # motion under a cell (8 px) is hard: 64 -> 128
+        scale = max(1, min(4, 256 / min(H, W)))     # motion far below a cell (8 px) is hard
         h, w = round(H * scale), round(W * scale)
         # whole cells, and 16 of them at least: the pyramid's last level then has 2
         extra_h, extra_w = (max(128, math.ceil(side / 8) * 8) - side for side in (h, w))
@@ -774,11 +774,26 @@ def flow_scenes(n, size, seed, shapes=6, photos=()):
     return *frames, flow.view(n, 2, size, size)
 
 
+def enlarged_crops(frame1, frame2, flow, generator):
+    """Pairs of 64 px, four times as large as RAFT.prepare makes them; of each the 128 px around
+    some pixel that moves, or the like."""
+    enlarged = [F.interpolate(frame, scale_factor=4, mode="bilinear") for frame in (frame1, frame2)]
+    enlarged.append(4 * F.interpolate(flow, scale_factor=4))   # an outline does not mix two motions
+    side, crops = enlarged[0].shape[-1], []
+    chosen = torch.multinomial(flow.norm(dim=1).flatten(1) + 1e-6, 1, generator=generator)[:, 0]
+    for i, pixel in enumerate(chosen.tolist()):
+        centre = 4 * torch.tensor(divmod(pixel, side // 4))
+        jitter = torch.randint(-64, 65, (2,), generator=generator)
+        y, x = (centre + jitter - 64).clamp(0, side - 128).tolist()
+        crops.append([picture[i, :, y:y + 128, x:x + 128] for picture in enlarged])
+    return [torch.stack(parts) for parts in zip(*crops)]
+
+
 def training_pairs(step, batch, photos=()):
     """The batch of a step: frame1, frame2, flow, at the resolution that the network works at.
 
-    Every fourth is a quarter as many scenes of 256 px; the others, of 128 px, are sprites of 64 px
-    enlarged, scenes of 64 px enlarged and scenes of 128 px."""
+    Every fourth is a quarter as many scenes of 256 px; the others, of 128 px, are from sprites and
+    scenes of 64 px enlarged, and scenes of 128 px."""
     if step % 4 == 3:
         return flow_scenes(max(1, batch // 4), 256, step, photos=photos)
     sprites = batch * 3 // 8
@@ -790,9 +805,7 @@ def training_pairs(step, batch, photos=()):
     k = (step // 4 + 5 * clip) % (frames - 1)
     small = [torch.cat(parts) for parts in zip((video[clip, k], video[clip, k + 1], flow[clip, k]),
                                                flow_scenes(scenes, 64, step, photos=photos))]
-    # enlarged as RAFT.prepare does to small frames; flow without mixing the motions at an outline
-    enlarged = [F.interpolate(frame, scale_factor=2, mode="bilinear") for frame in small[:2]]
-    enlarged.append(2 * F.interpolate(small[2], scale_factor=2))
+    enlarged = enlarged_crops(*small, torch.Generator().manual_seed(step))
     return [torch.cat(parts) for parts in zip(
         enlarged, flow_scenes(batch - sprites - scenes, 128, step, photos=photos))]
 

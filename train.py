@@ -27,6 +27,7 @@ import os
 import shutil
 import signal
 import time
+import uuid
 import warnings
 import zlib
 from pathlib import Path
@@ -40,6 +41,7 @@ import torch.nn.functional as F
 from imageio_ffmpeg import read_frames
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -1110,6 +1112,27 @@ def parse():
     return args
 
 
+def join(backend):
+    """Joins torchrun's processes, in a corner of its store that is new to this attempt: torch 2.13
+    keeps the store when `--max-restarts` starts processes again, which would then wait for dead
+    ones at the addresses they left there. Rank 0 names the corner; nobody else takes an old name,
+    since each waits for the answer to a question of its own."""
+    store, number, processes = next(rendezvous("env://"))
+    mine = uuid.uuid4().hex
+    if number == 0:
+        for other in range(1, processes):
+            while not store.check([f"{mine} was taken by {other}"]):
+                question = store.get(f"question of {other}").decode()   # perhaps a dead one's yet
+                store.set(f"answer to {question}", mine)
+                time.sleep(.01)
+    else:
+        store.set(f"question of {number}", mine)
+        mine = store.get(f"answer to {mine}").decode()
+        store.set(f"{mine} was taken by {number}", "")
+    dist.init_process_group(backend, store=dist.PrefixStore(mine, store), rank=number,
+                            world_size=processes)
+
+
 def main():
     args = parse()
     if args.dry_run:
@@ -1118,7 +1141,7 @@ def main():
         if args.device.type == "cuda":
             args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(args.device)
-        dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
+        join("nccl" if args.device.type == "cuda" else "gloo")
     run = Run(args)
     for stage in [args.stage] if args.stage else STAGES:
         start = time.time()

@@ -279,7 +279,7 @@ def test_raft_takes_frames_of_any_size(raft, H, W):
 
 
 @pytest.mark.parametrize("H, W, scale", [
-    (64, 64, 2), (64, 100, 2), (150, 257, 256 / 150), (300, 260, 1)])
+    (64, 64, 4), (64, 100, 4), (128, 130, 2), (150, 257, 256 / 150), (300, 260, 1)])
 def test_raft_flow_is_in_px_of_the_frame_although_small_ones_are_enlarged(raft, H, W, scale):
     """One cell is 8 px of the frame that the network sees."""
     (h, w), (left, right, top, bottom) = RAFT.layout(H, W)
