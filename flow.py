@@ -867,9 +867,10 @@ def train_raft(out="runs/raft", steps=20_000, batch=8, lr=4e-4, weights=None, im
             features1, features2 = raft.feature_encoder(images1).chunk(2)
             context = raft.context_encoder(images1[:len(frame1)])
             flows = raft.refine(features1, features2, context, iters)
-        # sequence loss: all iterations count, later ones more
-        loss = sum(.8 ** (iters - 1 - i) * (upsample(flow) - truth).abs().mean()
-                   for i, flow in enumerate(flows))
+        # sequence loss: all iterations count, later ones more. Of the root of the error, since what
+        # is covered or has left the frame can only be guessed, and would outweigh all the rest
+        loss = sum(.8 ** (iters - 1 - i) * ((upsample(flow) - truth).square().sum(1) + 1e-4)
+                   .pow(.25).mean() for i, flow in enumerate(flows))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(raft.parameters(), 1)

@@ -18,8 +18,10 @@ model.pt, from which nothing but data is read.)
 import argparse
 import collections
 import concurrent.futures
+import contextlib
 import csv
 import dataclasses
+import datetime
 import functools
 import json
 import logging
@@ -85,6 +87,10 @@ def ranks():
 def say(text):
     if rank() == 0:
         tqdm.write(text)
+
+
+def write_text(path, text):
+    write_file(path, lambda temporary: temporary.write_text(text))
 
 
 def wait_for_all():
@@ -203,6 +209,9 @@ class Sprites:
         """What encode takes: n clips in all."""
         return list(range(n))
 
+    def holds(self, key):
+        return True
+
     def read(self, keys):
         """-> video (n, T, 3, H, W) in [0, 1], captions, what `motion` takes, {name: why not}."""
         video, flow, captions, _ = sprite_clips(keys, self.preset.frames, self.preset.size,
@@ -231,9 +240,10 @@ class Folder:
         if not self.videos:
             raise ValueError(f"{folder}: none of its {len(listing)} videos can be used")
         clip = preset.frames * 3 * preset.size ** 2
-        self.recent, self.room = {}, 2 ** 30 // clip        # RGB flow of recent clips, 1 GB at most
-        self.read_one = functools.lru_cache(self.room)(self.read_one)
-        # for training without latents: in an order of no meaning that new videos do not disturb
+        # training the TAE sees clips again: of recent ones 256 MB are kept, of their flow too
+        self.recent, self.room = {}, 2 ** 28 // clip
+        self.read_kept = functools.lru_cache(self.room)(self.read_one)
+        # its clips are in an order of no meaning, which new videos do not disturb
         self.order = sorted(self.keys(64), key=lambda key: zlib.crc32(repr(key).encode()))
 
     def examine_all(self, path, workers):
@@ -266,7 +276,7 @@ class Folder:
         unlisted = {str(p.relative_to(self.folder)) for p in self.folder.rglob("*")
                     if p.suffix.lower() in SUFFIXES} - set(listing)
         listing |= {name: {"reason": f"not in {layout}"} for name in sorted(unlisted)}
-        write_file(path, lambda temporary: temporary.write_text(json.dumps(listing, indent=1)))
+        write_text(path, json.dumps(listing, indent=1))
         used = [one for one in listing.values() if "frames" in one]
         seconds = sum(one["frames"] for one in used) / self.preset.fps
         say(f"{self.folder}: {len(listing)} videos ({layout}), {len(used)} used, {seconds:.0f} s, "
@@ -282,23 +292,31 @@ class Folder:
             keys += [(name, int(start), video["caption"]) for start in starts]
         return keys
 
+    def holds(self, key):
+        """Whether a clip that was encoded earlier is still there, with that caption."""
+        name, _, caption = key
+        return self.videos.get(name, {}).get("caption") == caption
+
     def read_one(self, name, start):
         return read_clip(self.folder / name, start, self.preset.frames, self.preset.fps,
                          self.preset.size)
 
     def read(self, keys):
-        videos, used, skipped = [], [], {}
-        for key in map(tuple, keys):
+        videos, captions, skipped = [], [], {}
+        for name, start, caption in keys:
             try:
-                videos.append(self.read_one(*key[:2]))
-                used.append(key)
+                videos.append(self.read_one(name, start))
+                captions.append(caption)
             except ValueError as error:
-                skipped[key[0]] = str(error)
+                skipped[name] = str(error)
         shape = self.preset.frames, 3, self.preset.size, self.preset.size
         video = torch.stack(videos) / 255 if videos else torch.zeros(0, *shape)
-        return video, [caption for _, _, caption in used], used, skipped
+        return video, captions, None, skipped
 
-    def motion(self, video, keys):
+    def motion(self, video, keys=None):
+        """RGB flow of what `read` gave; that of `training`, which has keys, is kept."""
+        if keys is None:
+            return flow_to_rgb(estimate_flow(self.raft, video))
         for key, clip in zip(keys, video):
             if key not in self.recent:
                 rgb = flow_to_rgb(estimate_flow(self.raft, clip[None])[0])
@@ -309,16 +327,15 @@ class Folder:
 
     def training(self, indices):
         """Clip i of the training; where one cannot be decoded, the next that can stands in."""
-        keys = []
-        for i in indices:
+        def first(i):
             for k in range(len(self.order)):
                 key = self.order[(i + k) % len(self.order)]
-                if self.read([key])[2]:
-                    break
-            else:
-                raise ValueError(f"{self.folder}: none of its videos can be decoded")
-            keys.append(key)
-        return self.read(keys)
+                with contextlib.suppress(ValueError):
+                    return key, self.read_kept(*key[:2])
+            raise ValueError(f"{self.folder}: none of its videos can be decoded")
+
+        keys, videos = zip(*map(first, indices))
+        return torch.stack(videos) / 255, [caption for _, _, caption in keys], keys, {}
 
     def held_out(self, n):                  # few videos: previews show clips that it learns from
         return self.training(range(n))
@@ -467,7 +484,7 @@ class Run:
             raise ValueError(f"cannot write into {self.out}: {error.strerror}") from None
         wait_for_all()
         if rank() == 0:
-            write_file(path, lambda temporary: temporary.write_text(json.dumps(settings, indent=1)))
+            write_text(path, json.dumps(settings, indent=1))
             if self.bundle and not (self.out / "tae.pt").exists():
                 self.write_tae(self.bundle["tae"], f"--init {args.init}")
         wait_for_all()
@@ -524,8 +541,7 @@ class Run:
         try:
             dcp.save(state, checkpoint_id=path, no_dist=not dist.is_initialized())
             if rank() == 0:
-                write_file(path / "status.json", lambda temporary: temporary.write_text(
-                    json.dumps({"step": step, **status})))
+                write_text(path / "status.json", json.dumps({"step": step, **status}))
         except (OSError, ValueError, RuntimeError, dcp.api.CheckpointException) as error:
             shutil.rmtree(path, ignore_errors=True)
             kept = self.last(stage)[1]
@@ -566,8 +582,7 @@ class Run:
             lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
             kept = [row for row in map(json.loads, lines)
                     if row["stage"] != stage or row["step"] <= step]
-            text = "".join(json.dumps(row) + "\n" for row in kept)
-            write_file(path, lambda temporary: temporary.write_text(text))
+            write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def whole_dit(self, path, stage, dtype=torch.float32):
         """A stage's DiT, averaged, on this process alone."""
@@ -841,7 +856,8 @@ def train_tae(run):
 
 def encode(run):
     """Latents of clips and of their flow, in shards, every rank taking its part. The manifest says
-    which clips a shard holds; clips that are in it are not encoded again, new ones are added."""
+    which clips a shard holds; these are not encoded again, new ones are added, and those whose
+    video is gone or has another caption now are dropped."""
     clips, _, batch = run.setting("encode")
     folder, tae = run.out / "latents", run.tae()
     path = folder / "manifest.json"
@@ -853,13 +869,18 @@ def encode(run):
         if manifest["tae"] != mark:
             raise ValueError(f"{folder} was encoded by another TAE than tae.pt is now: delete it "
                              f"and the checkpoints after it, or take another --out")
+        for s, keys in enumerate(manifest["shards"]):
+            if not all(map(world.holds, keys)):     # its files go first: they are made again
+                (folder / f"{s:06d}.json").unlink(missing_ok=True)
+                manifest["shards"][s] = [key for key in keys if world.holds(key)]
         known = {json.dumps(key) for shard in manifest["shards"] for key in shard}
         new = [key for key in world.keys(clips) if json.dumps(key) not in known]
         manifest["shards"] += [new[i:i + SHARD] for i in range(0, len(new), SHARD)]
-        write_file(path, lambda temporary: temporary.write_text(json.dumps(manifest)))
+        write_text(path, json.dumps(manifest))
     wait_for_all()
     shards = json.loads(path.read_text())["shards"]
-    missing = [s for s in range(len(shards)) if not (folder / f"{s:06d}.json").exists()]
+    missing = [s for s, keys in enumerate(shards)
+               if keys and not (folder / f"{s:06d}.json").exists()]
     say(f"encode: {sum(map(len, shards))} clips in {len(shards)} shards, {len(missing)} to do")
     mine = missing[rank()::ranks()]
     parts = [(s, start) for s in mine for start in range(0, len(shards[s]), batch)]
@@ -888,8 +909,8 @@ def encode(run):
             for kind, part in (("x", x), ("d", d)):
                 write_file(folder / f"{s:06d}.{kind}.npy",
                            lambda temporary: np.save(temporary, np.concatenate(part or empty)))
-            content = json.dumps({"captions": captions, "skipped": reasons})
-            write_file(folder / f"{s:06d}.json", lambda temporary: temporary.write_text(content))
+            write_text(folder / f"{s:06d}.json",
+                       json.dumps({"captions": captions, "skipped": reasons}))
             x, d, captions, reasons = [], [], [], {}
     bar.close()
     wait_for_all()
@@ -915,7 +936,10 @@ def train_dit(run, stage):
     model.recompute = run.args.recompute
     if run.bundle:
         dits = run.bundle["dits"]
-        which = stage if stage in dits else "base" if "base" in dits else next(iter(dits))
+        which = stage if stage in dits else "base"
+        if which not in dits:
+            raise ValueError(f"--init {run.args.init}: has no base model to start {stage} from, "
+                             f"only {', '.join(dits)}")
         origin = f"{which} of --init {run.args.init}"
         source = dits[which]
 
@@ -1116,7 +1140,8 @@ def join(backend):
     """Joins torchrun's processes, in a corner of its store that is new to this attempt: torch 2.13
     keeps the store when `--max-restarts` starts processes again, which would then wait for dead
     ones at the addresses they left there. Rank 0 names the corner; nobody else takes an old name,
-    since each waits for the answer to a question of its own."""
+    since each waits for the answer to a question of its own. (An hour's timeout: the others
+    wait while rank 0 shows a preview.)"""
     store, number, processes = next(rendezvous("env://"))
     mine = uuid.uuid4().hex
     if number == 0:
@@ -1130,7 +1155,7 @@ def join(backend):
         mine = store.get(f"answer to {mine}").decode()
         store.set(f"{mine} was taken by {number}", "")
     dist.init_process_group(backend, store=dist.PrefixStore(mine, store), rank=number,
-                            world_size=processes)
+                            world_size=processes, timeout=datetime.timedelta(hours=1))
 
 
 def main():

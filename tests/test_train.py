@@ -328,11 +328,11 @@ def test_two_processes_are_one_and_checkpoints_come_back_on_another_number(tmp_p
             for loss in (key for key in a if key.startswith("loss")):
                 assert a[loss] == pytest.approx(b[loss], rel=1e-5)
     # the last 4 of 20 steps again, on the other number of processes
-    for out, processes in ((one, 2), (two, 0)):
+    for out, processes, replicas in ((one, 2, ("--replicas", "2")), (two, 0, ())):
         whole, last = checkpoint(out, "jam"), checkpoints(out, "jam")[-1]
         assert whole["step"] == 20
         shutil.rmtree(last)
-        done = torchrun(processes, out, "--stage", "jam")
+        done = torchrun(processes, out, "--stage", "jam", *replicas)
         assert done.returncode == 0, done.stderr[-3000:]
         again = checkpoint(out, "jam")
         for part in ("model", "ema"):
@@ -427,6 +427,9 @@ def test_init_takes_the_tae_and_each_stage_its_own_dit(finished, tmp_path, run, 
     assert equal(torch.load(out / "tae.pt")["state"], bundle["tae"])
     assert not checkpoints(out, "tae") and checkpoint(out, "jam")["origin"].startswith("jam of")
     assert "begun with origin" in refuses(train.main, *flags(out, "--stage", "jam"))
+    torch.save({**bundle, "dits": {"jam": bundle["dits"]["jam"]}}, tmp_path / "jam.pt")
+    assert "no base model to start base from, only jam" in refuses(
+        train.main, *flags(tmp_path / "alone", "--init", str(tmp_path / "jam.pt")))
     torch.save({**bundle, "config": {**bundle["config"], "frames": 9}}, tmp_path / "other.pt")
     assert "of another size than the preset tiny" in refuses(
         train.main, *flags(tmp_path / "other", "--init", str(tmp_path / "other.pt")))
@@ -554,7 +557,7 @@ def test_videos_are_cropped_to_the_square_in_their_middle(tmp_path, height, widt
 def no_raft(monkeypatch):
     """An estimate_flow that is fast and known: flow k is .2 k px to the right."""
     def estimate(raft, video):
-        flow = torch.zeros(1, video.shape[1], 2, 16, 16)
+        flow = torch.zeros(*video.shape[:2], 2, 16, 16)
         flow[:, :, 0] = .2 * torch.arange(video.shape[1]).view(-1, 1, 1)
         return flow
 
@@ -597,8 +600,8 @@ def test_three_layouts_give_the_same_clips(folder, tmp_path, layout, capfd):
     keys = world.keys(100)
     assert len(keys) == 8 + 8 and len(set(keys)) == 16 and set(keys) == set(world.order)
     assert set(world.keys(3)) < set(keys) and len(world.keys(3)) == 6
-    video, captions, used, skipped = world.read(keys)
-    motion = world.motion(video, used)
+    video, captions, _, skipped = world.read(keys)
+    motion = world.motion(video)
     assert video.shape == motion.shape == (16, 5, 3, 16, 16) and not skipped
     assert captions == ["one, with a comma"] * 8 + ["é"] * 8
     for (name, start, _), clip, flow in zip(keys, video, motion):  # b.mp4 shows every second frame
@@ -686,11 +689,33 @@ def test_new_videos_are_encoded_and_the_old_ones_left_alone(folder, tmp_path, ru
     assert Latents(out / "latents").captions == ["a"] * 8 + ["b"] * 8
     latents, tae = Latents(out / "latents"), VideoJAM.load(finished / "model.pt").tae
     world = opened(folder, tmp_path / "again")
-    video, _, used, _ = world.read(world.keys(100))
+    video = world.read(world.keys(100))[0]
     x, d, _ = latents.batch(range(16), 24)
     torch.testing.assert_close(x, tae.encode(video).detach(), atol=2e-3, rtol=2e-3)
-    torch.testing.assert_close(d, tae.encode(world.motion(video, used), True).detach(), atol=2e-3,
+    torch.testing.assert_close(d, tae.encode(world.motion(video), True).detach(), atol=2e-3,
                                rtol=2e-3)
+
+
+def test_a_changed_caption_or_a_video_that_is_gone_changes_its_shard_alone(
+        folder, tmp_path, run, finished, monkeypatch):
+    def encode():
+        code, _, err = run(train.main, *flags(
+            out, "--data", str(folder), "--stage", "encode", "--init", str(finished / "model.pt")))
+        assert code == 0, err
+        return Latents(out / "latents").captions, content(out / "latents")
+
+    out = tmp_path / "run"
+    monkeypatch.setattr(train, "SHARD", 8)
+    (folder / "a.txt").write_text("a")
+    (folder / "inside/b.txt").write_text("b")
+    captions, before = encode()
+    assert captions == ["a"] * 8 + ["b"] * 8
+    (folder / "a.txt").write_text("another")
+    captions, after = encode()
+    assert captions == ["b"] * 8 + ["another"] * 8
+    assert all(after[path] == before[path] for path in before if path.name.startswith("000001"))
+    (folder / "inside/b.txt").unlink()
+    assert encode()[0] == ["another"] * 8
 
 
 def test_a_folder_goes_through_all_stages(folder, tmp_path, run):
