@@ -733,6 +733,7 @@ def optimize(run, stage, model, load, loss_of, preview, stream=None, origin=None
     run.forget_after(stage, step)
     if step >= steps:
         return say(f"{stage}: {step} steps are done already")
+    first = step
 
     local = batch // ranks()
     places = range(rank() * local, (rank() + 1) * local)
@@ -772,9 +773,9 @@ def optimize(run, stage, model, load, loss_of, preview, stream=None, origin=None
             step += 1
             bar.update()
             if len(bad) == BAD_STEPS:
-                (first, t), kept = bad[0], run.last(stage)[1]
+                (begin, t), kept = bad[0], run.last(stage)[1]
                 raise ValueError(
-                    f"{stage}: {BAD_STEPS} steps in a row are not finite, from step {first} on"
+                    f"{stage}: {BAD_STEPS} steps in a row are not finite, from step {begin} on"
                     + (f", t from {t.min():.3f} to {t.max():.3f}" if t is not None else "")
                     + f"; the last checkpoint is of step {kept['step'] if kept else 0}")
             if (step % every == 0 or step == steps) and recent:
@@ -801,7 +802,9 @@ def optimize(run, stage, model, load, loss_of, preview, stream=None, origin=None
         batches.close()
         signal.signal(signal.SIGINT, handler)
         bar.close()
-    say(f"{stage}: waited for data {ahead.waited / (time.time() - begun):.1%} of the time")
+    seconds = time.time() - begun
+    say(f"{stage}: {(steps - first) * batch / seconds:.1f} clips a second; waited for data "
+        f"{ahead.waited / seconds:.1%} of the time")
 
 
 # ---------------------------------------------------------------- the stages

@@ -291,8 +291,9 @@ def test_a_stage_that_was_stopped_is_refused_by_the_next_and_not_exported(
 # ---------------------------------------------------------------- several processes
 
 
-def torchrun(processes, out, *more, steps=20):
-    """train.py under torchrun with the tiny preset, `steps` in each stage; a CompletedProcess."""
+def command(processes, out, *more, steps=20, clips=32, torchrun=(), extra=""):
+    """subprocess's arguments for train.py with the tiny preset, `steps` in each stage: without
+    torchrun where processes is 0. extra: lines of Python to run before."""
     script = f"""
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
@@ -300,24 +301,27 @@ import train
 from conftest import TINY
 from flow import report_errors
 train.PRESETS["tiny"], train.SHARD, train.CHECKPOINT_SECONDS = TINY, 16, 60
-train.DEFAULTS["tiny"] = dict(tae=({steps}, 1e-3, 4), encode=(32, 0, 8), base=({steps}, 1e-3, 4),
-                              jam=({steps}, 1e-3, 4), control=({steps}, 1e-3, 4))
+stage = {steps}, 1e-3, 4
+train.DEFAULTS["tiny"] = dict(tae=stage, encode=({clips}, 0, 8), base=stage, jam=stage,
+                              control=stage)
 train.VideoJAM.generate = lambda *_, **__: (train.torch.zeros(8, 5, 3, 16, 16), None)
 train.write_video = lambda path, *_: None
+{extra}
 report_errors(train.main)
 """
     path = out.with_suffix(".py")
     path.write_text(script)
-    command = [sys.executable, str(path)] if processes == 0 else [
+    start = [sys.executable, str(path)] if processes == 0 else [
         sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}",
-        "--standalone", str(path)]
-    return subprocess.run([*command, *flags(out, *more)], capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+        "--standalone", *torchrun, str(path)]
+    return {"args": [*start, *flags(out, *more)], "text": True,
+            "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
 
 
 def test_two_processes_are_one_and_checkpoints_come_back_on_another_number(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    for done in (torchrun(0, one), torchrun(2, two, "--accumulate", "2")):
+    for arguments in (command(0, one), command(2, two, "--accumulate", "2")):
+        done = subprocess.run(**arguments, capture_output=True)
         assert done.returncode == 0, done.stderr[-3000:]
     for stage in ("tae", "base", "jam", "control"):
         steps = [[row for row in map(json.loads, rows(out, stage)) if "lr" in row]
@@ -332,7 +336,8 @@ def test_two_processes_are_one_and_checkpoints_come_back_on_another_number(tmp_p
         whole, last = checkpoint(out, "jam"), checkpoints(out, "jam")[-1]
         assert whole["step"] == 20
         shutil.rmtree(last)
-        done = torchrun(processes, out, "--stage", "jam", *replicas)
+        done = subprocess.run(**command(processes, out, "--stage", "jam", *replicas),
+                              capture_output=True)
         assert done.returncode == 0, done.stderr[-3000:]
         again = checkpoint(out, "jam")
         for part in ("model", "ema"):

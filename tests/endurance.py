@@ -1,0 +1,169 @@
+"""What takes too long for the suite, and prints what it measures: pytest -s tests/endurance.py"""
+import os
+import random
+import signal
+import subprocess
+import time
+from collections import Counter
+
+import imageio.v3 as iio
+import numpy as np
+import torch
+from conftest import TINY
+from test_train import checkpoint, command, content, equal, flags, rows
+
+import train
+from flow import RAFT
+
+STAGES = "tae", "base", "jam", "control"
+
+
+def same(a, b):
+    """Two runs ended alike to the bit: weights, averages, moments, latents and metrics."""
+    assert content(a / "latents") == {
+        a / path.relative_to(b): bytes for path, bytes in content(b / "latents").items()}
+    for stage in STAGES:
+        assert rows(a, stage) == rows(b, stage)
+        first, second = checkpoint(a, stage), checkpoint(b, stage)
+        assert equal(first["model"], second["model"]) and equal(first["ema"], second["ema"])
+        assert all(map(equal, first["optimizer"].values(), second["optimizer"].values()))
+
+
+# says in a file what the run is at: "encode", a step, or "save", the writing of a checkpoint
+PHASES = """
+import pathlib
+phase = pathlib.Path(sys.argv[sys.argv.index("--out") + 1] + ".phase")
+def told(name, function, after):
+    def call(*args, **kwargs):
+        phase.write_text(name)
+        result = function(*args, **kwargs)
+        phase.write_text(after)
+        return result
+    return call
+train.CHECKPOINT_SECONDS = .3
+train.encode = told("encode", train.encode, "step")
+train.optimize = told("step", train.optimize, "step")
+train.Run.save = told("save", train.Run.save, "step")
+"""
+
+
+def begin(arguments, out):
+    """Starts a run, and waits until it is at work."""
+    phase = out.with_suffix(".phase")
+    phase.unlink(missing_ok=True)
+    process = subprocess.Popen(**arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                               start_new_session=True)
+    while not phase.exists() and process.poll() is None:
+        time.sleep(.01)
+    return process, phase
+
+
+def test_20_kills_at_random_moments_change_nothing(tmp_path):
+    """Some in the writing of a checkpoint or of latents, the others whenever they come."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    options = {"steps": 60, "clips": 1024, "extra": PHASES}
+    process, _ = begin(command(0, whole, **options), whole)
+    start = time.time()
+    assert process.wait() == 0, process.stderr.read()
+    seconds, chance, kills = time.time() - start, random.Random(0), Counter()
+    for target in [None, "save", None, "encode", "encode", *[None, "save", None] * 5]:
+        process, phase = begin(command(0, killed, **options), killed)
+        time.sleep(chance.uniform(0, seconds / 20))
+        while target and process.poll() is None and phase.read_text() != target:
+            time.sleep(.001)
+        time.sleep(chance.uniform(0, {"save": .03, "encode": 1}.get(target, 0)))
+        assert process.poll() is None, f"over after {kills}: {process.stderr.read()[-2000:]}"
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        kills[phase.read_text() or "between"] += 1
+    process, _ = begin(command(0, killed, **options), killed)
+    assert process.wait() == 0, process.stderr.read()
+    print(f"\n{kills.total()} kills, {dict(kills)}, in a run of {seconds:.0f} s: the same weights")
+    same(whole, killed)
+
+
+def test_a_killed_rank_comes_back_by_itself(tmp_path):
+    """Three times; torchrun starts both processes again, from the last checkpoint."""
+    whole, chance = tmp_path / "whole", random.Random(0)
+    options = {"steps": 30, "extra": PHASES, "torchrun": ("--max-restarts=1",)}
+    assert subprocess.run(**command(2, whole, **options), capture_output=True).returncode == 0
+    for trial in range(3):
+        out = tmp_path / f"killed{trial}"
+        process, _ = begin(command(2, out, **options), out)
+        while not list(out.glob("checkpoints/*/status.json")):
+            time.sleep(.01)
+        time.sleep(chance.uniform(0, 5))
+        ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+        os.kill(int(chance.choice(ranks.stdout.split())), signal.SIGKILL)
+        start = time.time()
+        assert process.wait(timeout=300) == 0, process.stderr.read()
+        print(f"\na rank killed: the run ended well {time.time() - start:.0f} s later")
+        same(whole, out)
+
+
+def resident():
+    """MB of memory that this process has."""
+    pages = int(open("/proc/self/statm").read().split()[1])
+    return pages * os.sysconf("SC_PAGESIZE") / 1e6
+
+
+def write_videos(folder, count, seconds, height, width):
+    """Videos of a bright bar that moves, each with a caption."""
+    for i in range(count):
+        frames = np.zeros((seconds * 24, height, width, 3), np.uint8)
+        for k, frame in enumerate(frames):
+            frame[:, (3 * k + 7 * i) % width:][:, :9] = 200
+        iio.imwrite(folder / f"{i}.mp4", frames, fps=24)
+        (folder / f"{i}.txt").write_text(f"a bar, {i}")
+
+
+def test_memory_is_flat_over_1000_clips(tmp_path):
+    write_videos(tmp_path, 20, 9, 480, 640)
+    preset = train.PRESETS["toy"]
+    (tmp_path / "run").mkdir()
+    world = train.Folder(tmp_path, preset, None, tmp_path / "run", 4)
+    parts = [world.keys(50)[i:i + 10] for i in range(0, 1000, 10)]
+    seen, start = [], time.time()
+    for video, *_ in train.Ahead(world.read, parts, 4):
+        assert len(video) == 10
+        seen.append(resident())
+    print(f"\n1,000 clips of 640 x 480 in {time.time() - start:.0f} s; memory after 100, 500 and "
+          f"1,000: {seen[9]:.0f}, {seen[49]:.0f}, {seen[99]:.0f} MB")
+    assert np.median(seen[-20:]) < np.median(seen[10:30]) + 50        # all clips kept: 150 MB more
+
+
+def test_2000_files_of_which_one_in_ten_is_broken(tmp_path, monkeypatch, run):
+    """Every file is used or skipped with its reason, in the listing and in encode."""
+    data, good = tmp_path / "data", tmp_path / "good"
+    data.mkdir(), good.mkdir()
+    write_videos(good, 1, 1, 64, 64)
+    video = (good / "0.mp4").read_bytes()
+    iio.imwrite(good / "short.mp4", np.zeros((2, 64, 64, 3), np.uint8), fps=24)
+    iio.imwrite(good / "grey.gif", np.full((24, 63, 61), 99, np.uint8), duration=42)
+    broken = [b"", b"hello", video[:200], video[:len(video) // 2], video[300:],
+              (good / "short.mp4").read_bytes(), os.urandom(5000), None, video, video]
+    for i in range(2000):
+        path = data / f"{i:04d}.mp4"
+        kind, is_bad = broken[i // 10 % 10], i % 10 == 0
+        caption = b"a bar"
+        if is_bad and i // 10 % 10 >= 8:
+            caption = [b"\xff\xfe", b" "][i // 10 % 2]
+        if is_bad and kind is None:
+            path.symlink_to(tmp_path / "nowhere.mp4")
+        else:
+            path.write_bytes(kind if is_bad else video)
+        path.with_suffix(".txt").write_bytes(caption)
+    still = torch.zeros(1)
+    monkeypatch.setattr(RAFT, "load", classmethod(lambda cls: torch.nn.Identity()))
+    monkeypatch.setattr(train, "estimate_flow", lambda raft, video: still.expand(
+        *video.shape[:2], 2, *video.shape[3:]))
+    monkeypatch.setitem(train.PRESETS, "tiny", TINY)
+    monkeypatch.setitem(train.DEFAULTS, "tiny", {"tae": (1, 1e-3, 4), "encode": (1, 0, 8)})
+    for stage in ("tae", "encode"):
+        start = time.time()
+        code, printed, err = run(train.main, *flags(tmp_path / "run", "--data", str(data),
+                                                    "--stage", stage))
+        assert code == 0, err
+        print(f"\n{stage}: {time.time() - start:.0f} s\n{printed}")
+    assert "2000 videos (a .txt beside each video), 1800 used" in printed
+    assert "1800 of 1800 clips are there" in printed
