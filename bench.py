@@ -33,7 +33,8 @@ from tqdm import tqdm
 from flow import (COLOURS, DIRECTIONS, HELD_OUT, RAFT, SHAPES, TRAVEL, TURNS, autocast, bouncing,
                   estimate_flow, fast_dtype, flow_to_rgb, report_errors, rgb_to_flow,
                   signed_distance, sprite_clips, write_file)
-from train import can_compile, device_of, grid, read_lines, weights_of, write_video
+from train import (can_compile, device_of, grid, read_lines, saved_bytes, weights_of,
+                   write_video)
 from videojam import (VideoJAM, euler_sample, linear_quadratic, noised, squared_errors, tokenize,
                       velocity)
 
@@ -669,6 +670,10 @@ def speed(args):
     with torch.no_grad():
         flops = {name: flops_of(function) / count for name, (function, count) in parts.items()}
     flops |= {name: flops_of(step) for name, step in steps.items()}
+    kept, z = [], torch.randn(B, 2 * shape[0], *shape[1:], device=device)
+    for jam.dit.recompute in (True, False):                             # before it is compiled
+        with autocast(device):
+            kept.append(saved_bytes(lambda: squared_errors(jam.dit, z, y, shape[0])) / 1e6)
     if can_compile(device):
         base.dit.compile_blocks(), jam.dit.compile_blocks()
     for step in [*steps.values()] * 3:                                  # compile, settle
@@ -689,6 +694,8 @@ def speed(args):
     ratios = {"training step, jam / base": rows[1][1] / rows[0][1],
               "sampling, inner / cfg": rows[6][1] / rows[5][1],
               f"matrix product, {str(product.dtype)[6:]}, GFLOP/s": peak / 1e9,
+              "jam's activations kept for the backward pass, MB": kept[1],
+              "the same, blocks recomputed (--recompute), MB": kept[0],
               "peak memory, GB": memory / 1e9,
               "threads": torch.get_num_threads()}
     print(markdown((["", "ms", "GFLOP", "of the matrix product's rate"],

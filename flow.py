@@ -517,6 +517,9 @@ class RAFT(nn.Module):
             flows.append(coords - start)
         return flows
 
+    def device(self):
+        return next(self.parameters()).device
+
     @staticmethod
     def layout(H, W):
         """The size that frames are enlarged to, and the padding (left, right, top, bottom)."""
@@ -835,7 +838,7 @@ def validate(raft, out, clips=4):
             "scenes": (torch.stack([first, second], 1), flow.unsqueeze(1))}
     scores, rows = {}, []
     for name, (video, truth) in data.items():
-        flow = estimate_flow(raft, video.to(next(raft.parameters()).device)).cpu()
+        flow = estimate_flow(raft, video.to(raft.device())).cpu()
         flow = flow[:, :truth.shape[1]]             # scenes are one pair, with one flow
         scores[name] = (flow - truth).norm(dim=2)[truth.norm(dim=2) > .05].median().item()
         k = video.shape[1] // 2 - 1
@@ -948,7 +951,7 @@ def evaluate(raft, folder):
         pair = [read_image(first), read_image(first.with_stem("frame11"))]
         if not pair[0].shape[1:] == pair[1].shape[1:] == known.shape:
             raise ValueError(f"{first}: its frames and flow are of different sizes")
-        flow = estimate_flow(raft, torch.stack(pair)[None])[0, 0]
+        flow = estimate_flow(raft, torch.stack(pair)[None].to(raft.device()))[0, 0].cpu()
         error = (flow - truth).norm(dim=0)[known]
         still = truth.norm(dim=0)[known].mean().item()
         rows.append((first.parent.name, error.mean().item(), still))
@@ -981,7 +984,8 @@ def render_flow(raft, path, chunk=16):
                 frames.append(torch.frombuffer(bytearray(data), dtype=torch.uint8).view(
                     height, width, 3).permute(2, 0, 1) / 255)
             if len(frames) > 1 and (data is None or len(frames) > chunk):
-                flow = estimate_flow(raft, torch.stack(frames)[None])[0, :-1]
+                clip = torch.stack(frames)[None].to(raft.device())
+                flow = estimate_flow(raft, clip)[0, :-1].cpu()
                 size = flow.norm(dim=1)
                 total, largest = total + size.sum().item(), max(largest, size.max().item())
                 count += size.numel()
@@ -1019,6 +1023,7 @@ def main():
     if args.train:
         return train_raft(args.out, args.steps, args.batch, args.lr, args.weights, args.images)
     raft = RAFT.load(args.weights or ROOT / "weights/raft.pt")
+    raft.to("cuda" if torch.cuda.is_available() else "cpu")
     if args.eval:
         evaluate(raft, args.eval)
     else:

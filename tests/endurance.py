@@ -5,15 +5,18 @@ import signal
 import subprocess
 import time
 from collections import Counter
+from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
+import pytest
 import torch
-from conftest import TINY
+import torch.nn.functional as F
+from conftest import ROOT, TINY
 from test_train import checkpoint, command, content, equal, flags, rows
 
 import train
-from flow import RAFT
+from flow import HELD_OUT, RAFT, estimate_flow, sprite_clips
 
 STAGES = "tae", "base", "jam", "control"
 
@@ -167,3 +170,44 @@ def test_2000_files_of_which_one_in_ten_is_broken(tmp_path, monkeypatch, run):
         print(f"\n{stage}: {time.time() - start:.0f} s\n{printed}")
     assert "2000 videos (a .txt beside each video), 1800 used" in printed
     assert "1800 of 1800 clips are there" in printed
+
+
+def test_shipped_raft_on_200_held_out_clips_of_sprites():
+    """Three pairs of each, at 64 px. Most pixels are a background that stands still."""
+    raft, errors = RAFT.load(), []
+    for start in range(0, 200, 20):
+        video, flow, _, _ = sprite_clips(range(HELD_OUT + start, HELD_OUT + start + 20))
+        error = (estimate_flow(raft, video[:, 6:10])[:, :3] - flow[:, 6:9]).norm(dim=2)
+        errors.append(torch.stack([error, (flow[:, 6:9].norm(dim=2) > .05).float()]))
+    error, moves = torch.cat(errors, 1).flatten(1)
+    print(f"\nend-point error on sprites, px: median of all pixels {error.median():.3f}, mean "
+          f"{error.mean():.3f}; median of the {moves.mean():.0%} that move "
+          f"{error[moves > 0].median():.3f}")
+    assert error.median() < .1
+
+
+@pytest.mark.skipif("SKIMAGE" not in os.environ, reason="no path to an unzipped wheel of "
+                    "scikit-image in SKIMAGE (pip download --no-deps scikit-image)")
+@pytest.mark.parametrize("weights", [ROOT / "weights/raft.pt", os.environ.get("RAFT_AUTHORS")])
+def test_shipped_raft_on_the_stereo_motorcycle(weights):
+    """A real pair, whose flow is minus the disparity; in three sizes (shorter side, px)."""
+    if weights is None:
+        pytest.skip("no path to the authors' raft-small.pth in RAFT_AUTHORS")
+    data = Path(os.environ["SKIMAGE"], "skimage/data")
+    pair = torch.stack([torch.from_numpy(iio.imread(data / f"motorcycle_{side}.png")[..., :3])
+                        for side in ("left", "right")]).permute(0, 3, 1, 2) / 255
+    disparity = torch.from_numpy(np.load(data / "motorcycle_disp.npz")["arr_0"])[None, None]
+    known = disparity.isfinite().float()
+    disparity = disparity.where(known > 0, 0).float()
+    results = []
+    for side in (64, 128, 500):
+        size = [round(length * side / 500) for length in disparity.shape[-2:]]
+        frames, truth, share = (F.interpolate(x, size, mode="area")
+                                for x in (pair, disparity, known))
+        truth, counted = -truth / share.clamp(min=1e-6) * side / 500, share > .5
+        flow = estimate_flow(RAFT.load(weights), frames[None])[0, :1]
+        error = (flow - torch.cat([truth, 0 * truth], 1)).norm(dim=1, keepdim=True)
+        results.append(error[counted].mean().item())
+        assert results[-1] < .5 * truth[counted].abs().mean()
+    print(f"\n{weights}, motorcycle of 64, 128, 500 px: "
+          f"{', '.join(f'{error:.2f}' for error in results)} px")

@@ -340,10 +340,11 @@ def test_raft_weights_come_back_from_half_precision_and_anything_else_is_refused
 
 
 def test_shipped_raft_is_right_on_sprites():
-    video, flow, _, _ = sprite_clips(range(HELD_OUT + 100, HELD_OUT + 108))
-    error = (estimate_flow(RAFT.load(), video) - flow).norm(dim=2)
+    """(tests/endurance.py has 200 clips.)"""
+    video, flow, _, _ = sprite_clips(range(HELD_OUT + 100, HELD_OUT + 112))
+    error = (estimate_flow(RAFT.load(), video[:, 6:8])[:, 0] - flow[:, 6]).norm(dim=1)
     assert error.median() < .1                                          # of all pixels
-    assert error[flow.norm(dim=2) > .05].median() < .8                  # of those that move
+    assert error[flow[:, 6].norm(dim=1) > .05].median() < .8            # of those that move
 
 
 def test_training_scenes_have_exact_flow():
