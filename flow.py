@@ -372,7 +372,8 @@ HIDDEN, CONTEXT, MOTION = 96, 64, 82    # channels of the GRU's state, and of wh
 def conv(c_in, c_out, kernel, stride=1, norm=False, relu=True):
     """Convolution, instance norm (without parameters), ReLU: what RAFT is built of."""
     layers = [nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2)]
-    return nn.Sequential(*layers, *[nn.InstanceNorm2d(c_out)] * norm, *[nn.ReLU(inplace=True)] * relu)
+    return nn.Sequential(*layers, *[nn.InstanceNorm2d(c_out)] * norm,
+                         *[nn.ReLU(inplace=True)] * relu)
 
 
 class Bottleneck(nn.Module):
@@ -410,8 +411,8 @@ class Encoder(nn.Module):
 class UpdateBlock(nn.Module):
     """One iteration: motion encoder, convolutional GRU, flow head.
 
-    state (B, 96, h, w), `gates` of the context (B, 64, h, w), looked-up correlation (B, 196, h, w)
-    and flow (B, 2, h, w) in cells -> new state and the change of the flow."""
+    state (B, 96, h, w), `of_context` the context (B, 64, h, w), looked-up correlation
+    (B, 196, h, w), flow (B, 2, h, w) in cells -> new state and the change of the flow."""
     def __init__(self):
         super().__init__()
         self.motion_encoder = nn.ModuleDict({
@@ -425,7 +426,7 @@ class UpdateBlock(nn.Module):
             conv1=nn.Conv2d(HIDDEN, 128, 3, padding=1), relu=nn.ReLU(),
             conv2=nn.Conv2d(128, 2, 3, padding=1)))
 
-    def gates(self, context):
+    def of_context(self, context):
         """The GRU's weights for what changes between iterations, and its answer to the context,
         which does not: a convolution is a sum over its input's channels, so that part of it is
         computed once. (update, reset and new state in one: (288, 178, 3, 3), (B, 288, h, w).)"""
@@ -435,8 +436,8 @@ class UpdateBlock(nn.Module):
         return (torch.cat([of_state, of_motion], 1),
                 F.conv2d(context, of_context, bias, padding=1))
 
-    def forward(self, state, gates, corr, flow):
-        encoder, (weight, fixed) = self.motion_encoder, gates
+    def forward(self, state, of_context, corr, flow):
+        encoder, (weight, fixed) = self.motion_encoder, of_context
         motion = torch.cat([encoder["convcorr1"](corr),
                             encoder["convflow2"](encoder["convflow1"](flow))], 1)
         x = torch.cat([encoder["conv"](motion), flow], 1)
@@ -505,14 +506,14 @@ class RAFT(nn.Module):
         B, _, h, w = features1.shape
         pyramid = correlation_pyramid(features1, features2)
         state, context = context.float().split([HIDDEN, CONTEXT], 1)
-        state, gates = state.tanh(), self.update_block.gates(context.relu())
+        state, of_context = state.tanh(), self.update_block.of_context(context.relu())
         y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
         start = torch.stack([x, y]).to(features1.device, torch.float32).expand(B, 2, h, w)
         coords, flows = start, []
         for _ in range(iters):
             coords = coords.detach()                # each iteration learns from its own error only
             corr = look_up(pyramid, coords)
-            state, delta = self.update_block(state, gates, corr, coords - start)
+            state, delta = self.update_block(state, of_context, corr, coords - start)
             coords = coords + delta.float()
             flows.append(coords - start)
         return flows
@@ -597,7 +598,7 @@ def estimate_flow(raft, video, iters=12):
     """video (B, T, 3, H, W) in [0, 1] -> flow (B, T, 2, H, W) in px, the last one repeated.
 
     Each frame's features are computed once, memory does not grow with T apart from the result, and
-    products are in bf16 where that is fast (the error grows by less than 0.3%).
+    products are in bf16 where that is fast.
     ValueError where the video has another shape, one frame only, or NaN or infinite pixels."""
     if video.dim() != 5 or video.shape[2] != 3:
         raise ValueError(f"a video is (B, T, 3, H, W), this one is {tuple(video.shape)}")
@@ -794,8 +795,8 @@ def flow_scenes(n, size, seed, shapes=6, photos=()):
 
 
 def enlarged_crops(frame1, frame2, flow, generator):
-    """Pairs of 64 px, four times as large as RAFT.prepare makes them; of each the 128 px around
-    some pixel that moves, or the like."""
+    """Pairs of 64 px, enlarged four times as RAFT.prepare does; of each, 128 px around a pixel
+    that moves (around any, if none does)."""
     enlarged = [F.interpolate(frame, scale_factor=4, mode="bilinear") for frame in (frame1, frame2)]
     enlarged.append(4 * F.interpolate(flow, scale_factor=4))   # an outline does not mix two motions
     side, crops = enlarged[0].shape[-1], []

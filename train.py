@@ -212,8 +212,11 @@ class Sprites:
     def holds(self, key):
         return True
 
+    def caption(self, key, known):
+        return known
+
     def read(self, keys):
-        """-> video (n, T, 3, H, W) in [0, 1], captions, what `motion` takes, {name: why not}."""
+        """-> video (n, T, 3, H, W) in [0, 1], captions, what `motion` takes, {key: why not}."""
         video, flow, captions, _ = sprite_clips(keys, self.preset.frames, self.preset.size,
                                                 self.rich)
         return video, captions, flow, {}
@@ -229,7 +232,8 @@ class Sprites:
 
 
 class Folder:
-    """Videos of a folder, their flow by RAFT. A key is (file name, first frame, caption)."""
+    """Videos of a folder, their flow by RAFT. A key is (file name, first frame, bytes of the
+    file): a file of another size is another video."""
     def __init__(self, folder, preset, raft, out, workers):
         self.folder, self.preset, self.raft = Path(folder), preset, raft
         if rank() == 0:
@@ -289,13 +293,17 @@ class Folder:
         for name, video in self.videos.items():
             room = video["frames"] - self.preset.frames + 1
             starts = np.random.default_rng(zlib.crc32(name.encode())).permutation(room)[:n]
-            keys += [(name, int(start), video["caption"]) for start in starts]
+            keys += [(name, int(start), video["stamp"][0]) for start in starts]
         return keys
 
     def holds(self, key):
-        """Whether a clip that was encoded earlier is still there, with that caption."""
-        name, _, caption = key
-        return self.videos.get(name, {}).get("caption") == caption
+        """Whether the video of a clip that was encoded earlier is still there."""
+        name, _, size = key
+        return name in self.videos and self.videos[name]["stamp"][0] == size
+
+    def caption(self, key, known):
+        """A clip's caption as it is now; `known` is what it was when the clip was encoded."""
+        return self.videos[key[0]]["caption"]
 
     def read_one(self, name, start):
         return read_clip(self.folder / name, start, self.preset.frames, self.preset.fps,
@@ -303,12 +311,12 @@ class Folder:
 
     def read(self, keys):
         videos, captions, skipped = [], [], {}
-        for name, start, caption in keys:
+        for name, start, size in keys:
             try:
                 videos.append(self.read_one(name, start))
-                captions.append(caption)
+                captions.append(self.videos[name]["caption"])
             except ValueError as error:
-                skipped[name] = str(error)
+                skipped[name, start, size] = str(error)
         shape = self.preset.frames, 3, self.preset.size, self.preset.size
         video = torch.stack(videos) / 255 if videos else torch.zeros(0, *shape)
         return video, captions, None, skipped
@@ -317,13 +325,15 @@ class Folder:
         """RGB flow of what `read` gave; that of `training`, which has keys, is kept."""
         if keys is None:
             return flow_to_rgb(estimate_flow(self.raft, video))
+        clips = []
         for key, clip in zip(keys, video):
             if key not in self.recent:
                 rgb = flow_to_rgb(estimate_flow(self.raft, clip[None])[0])
                 self.recent[key] = (rgb * 255).round().byte().cpu()
-                if len(self.recent) > self.room:
-                    self.recent.pop(next(iter(self.recent)))
-        return torch.stack([self.recent[key] for key in keys]).to(video.device) / 255
+            clips.append(self.recent[key])
+        while len(self.recent) > self.room:
+            self.recent.pop(next(iter(self.recent)))
+        return torch.stack(clips).to(video.device) / 255
 
     def training(self, indices):
         """Clip i of the training; where one cannot be decoded, the next that can stands in."""
@@ -335,7 +345,8 @@ class Folder:
             raise ValueError(f"{self.folder}: none of its videos can be decoded")
 
         keys, videos = zip(*map(first, indices))
-        return torch.stack(videos) / 255, [caption for _, _, caption in keys], keys, {}
+        captions = [self.videos[name]["caption"] for name, _, _ in keys]
+        return torch.stack(videos) / 255, captions, keys, {}
 
     def held_out(self, n):                  # few videos: previews show clips that it learns from
         return self.training(range(n))
@@ -477,6 +488,11 @@ class Run:
         self.bundle = read_file(args.init, "videojam") if args.init else None
         if self.bundle and Preset.from_dict(self.bundle["config"]) != self.preset:
             raise ValueError(f"--init {args.init}: of another size than the preset {args.preset}")
+        for stage in [args.stage] if args.stage else ("base", "jam", "control"):
+            dits = set(self.bundle["dits"]) if self.bundle else {"base"}
+            if stage in ("base", "jam", "control") and not dits & {stage, "base"}:
+                raise ValueError(f"--init {args.init}: has no base model to start {stage} from, "
+                                 f"only {', '.join(dits)}")
         try:
             for folder in ("previews", "latents", "checkpoints"):
                 (self.out / folder).mkdir(parents=True, exist_ok=True)
@@ -484,6 +500,8 @@ class Run:
             raise ValueError(f"cannot write into {self.out}: {error.strerror}") from None
         wait_for_all()
         if rank() == 0:
+            for half_written in (*self.out.glob(".*"), *self.out.glob("latents/.*")):
+                half_written.unlink()               # by a run that was killed
             write_text(path, json.dumps(settings, indent=1))
             if self.bundle and not (self.out / "tae.pt").exists():
                 self.write_tae(self.bundle["tae"], f"--init {args.init}")
@@ -773,9 +791,9 @@ def optimize(run, stage, model, load, loss_of, preview, stream=None, origin=None
             step += 1
             bar.update()
             if len(bad) == BAD_STEPS:
-                (begin, t), kept = bad[0], run.last(stage)[1]
+                (first_bad, t), kept = bad[0], run.last(stage)[1]
                 raise ValueError(
-                    f"{stage}: {BAD_STEPS} steps in a row are not finite, from step {begin} on"
+                    f"{stage}: {BAD_STEPS} steps in a row are not finite, from step {first_bad} on"
                     + (f", t from {t.min():.3f} to {t.max():.3f}" if t is not None else "")
                     + f"; the last checkpoint is of step {kept['step'] if kept else 0}")
             if (step % every == 0 or step == steps) and recent:
@@ -817,14 +835,15 @@ def train_tae(run):
         return say(f"tae: that of {run.args.init}")
     if run.last("tae")[1] is None and (run.out / "tae.pt").exists():
         return say("tae: it is there already")
+    world = run.world                       # opened here, not in a thread that reads ahead
 
     def load(step, places):
-        return run.world.training([step * batch + place for place in places])
+        return world.training([step * batch + place for place in places])
 
     def loss_of(data, rows, draws):
         video, _, extra, _ = data
         video = video[rows.start:rows.stop].to(run.device)
-        clips = torch.cat([video, run.world.motion(video, extra[rows.start:rows.stop])])
+        clips = torch.cat([video, world.motion(video, extra[rows.start:rows.stop])])
         loss = tae_loss(tae, clips, generator=draws + draws)
         return loss, {"loss": loss[None]}
 
@@ -846,8 +865,8 @@ def train_tae(run):
     if rank() == 0 and not ((run.out / "tae.pt").exists()
                             and read_file(run.out / "tae.pt", "tae")["origin"] == origin):
         whole = run.average(path, TAE(run.preset.tae)).to(run.device)
-        clips = [run.world.training(range(start, start + batch)) for start in range(0, 256, batch)]
-        kinds = [video for video, *_ in clips], [run.world.motion(video.to(run.device), extra)
+        clips = [world.training(range(start, start + batch)) for start in range(0, 256, batch)]
+        kinds = [video for video, *_ in clips], [world.motion(video.to(run.device), extra)
                                                  for video, _, extra, _ in clips]
         with autocast(run.device, run.args.precision):
             for kind, videos in enumerate(kinds):
@@ -859,8 +878,9 @@ def train_tae(run):
 
 def encode(run):
     """Latents of clips and of their flow, in shards, every rank taking its part. The manifest says
-    which clips a shard holds; these are not encoded again, new ones are added, and those whose
-    video is gone or has another caption now are dropped."""
+    which clips a shard holds: these are not encoded again, and new ones are added. Captions are
+    taken as they are now; clips whose video is gone or has changed are dropped, which encodes the
+    rest of their shards again."""
     clips, _, batch = run.setting("encode")
     folder, tae = run.out / "latents", run.tae()
     path = folder / "manifest.json"
@@ -872,10 +892,20 @@ def encode(run):
         if manifest["tae"] != mark:
             raise ValueError(f"{folder} was encoded by another TAE than tae.pt is now: delete it "
                              f"and the checkpoints after it, or take another --out")
+        dropped = 0
         for s, keys in enumerate(manifest["shards"]):
-            if not all(map(world.holds, keys)):     # its files go first: they are made again
-                (folder / f"{s:06d}.json").unlink(missing_ok=True)
-                manifest["shards"][s] = [key for key in keys if world.holds(key)]
+            held, done = [key for key in keys if world.holds(key)], folder / f"{s:06d}.json"
+            if len(held) < len(keys):
+                dropped += len(keys) - len(held)
+                done.unlink(missing_ok=True)        # before the manifest: it has to be made again
+                manifest["shards"][s] = held
+            elif done.exists():
+                content = json.loads(done.read_text())
+                captions = list(map(world.caption, content["keys"], content["captions"]))
+                if captions != content["captions"]:
+                    write_text(done, json.dumps({**content, "captions": captions}))
+        if dropped:
+            say(f"encode: {dropped} clips are dropped, whose videos are gone or others now")
         known = {json.dumps(key) for shard in manifest["shards"] for key in shard}
         new = [key for key in world.keys(clips) if json.dumps(key) not in known]
         manifest["shards"] += [new[i:i + SHARD] for i in range(0, len(new), SHARD)]
@@ -884,6 +914,7 @@ def encode(run):
     shards = json.loads(path.read_text())["shards"]
     missing = [s for s, keys in enumerate(shards)
                if keys and not (folder / f"{s:06d}.json").exists()]
+    wait_for_all()                                  # before any of them is made
     say(f"encode: {sum(map(len, shards))} clips in {len(shards)} shards, {len(missing)} to do")
     mine = missing[rank()::ranks()]
     parts = [(s, start) for s in mine for start in range(0, len(shards[s]), batch)]
@@ -892,9 +923,9 @@ def encode(run):
     bar = tqdm(total=sum(len(shards[s]) for s in mine), desc="encode", unit="clip",
                disable=rank() > 0)
     seconds, begun = collections.Counter(), time.time()
-    x, d, captions, reasons = [], [], [], {}
-    for (s, start), (video, text, extra, skipped) in zip(parts, ahead):
-        reasons |= skipped
+    x, d, content = [], [], {"keys": [], "captions": [], "skipped": {}}
+    for (s, start), (video, captions, extra, skipped) in zip(parts, ahead):
+        content["skipped"] |= {name: reason for (name, *_), reason in skipped.items()}
         if len(video):
             clock = time.time()
             video = video.to(run.device)
@@ -905,16 +936,17 @@ def encode(run):
                 x.append(tae.encode(video).half().cpu().numpy())
                 d.append(tae.encode(motion, motion=True).half().cpu().numpy())
             seconds["TAE"] += time.time() - clock
-            captions += text
+            content["captions"] += captions
+            content["keys"] += [key for key in shards[s][start:start + batch]
+                                if not skipped or tuple(key) not in skipped]
         bar.update(min(batch, len(shards[s]) - start))
         if start + batch >= len(shards[s]):         # the shard is full; its captions come last
             empty = [np.zeros((0, *run.preset.latent_shape()), np.float16)]
             for kind, part in (("x", x), ("d", d)):
                 write_file(folder / f"{s:06d}.{kind}.npy",
                            lambda temporary: np.save(temporary, np.concatenate(part or empty)))
-            write_text(folder / f"{s:06d}.json",
-                       json.dumps({"captions": captions, "skipped": reasons}))
-            x, d, captions, reasons = [], [], [], {}
+            write_text(folder / f"{s:06d}.json", json.dumps(content))
+            x, d, content = [], [], {"keys": [], "captions": [], "skipped": {}}
     bar.close()
     wait_for_all()
     latents = Latents(folder)
@@ -933,6 +965,7 @@ def encode(run):
 
 def train_dit(run, stage):
     """base, jam or control: the same data and lines; jam alone has d beside x."""
+    world = run.world                       # opened by all, before rank 0 alone shows a preview
     motion, C = stage == "jam", run.preset.tae.channels
     with torch.device("meta"):
         model = run.new_dit(motion)
@@ -940,9 +973,6 @@ def train_dit(run, stage):
     if run.bundle:
         dits = run.bundle["dits"]
         which = stage if stage in dits else "base"
-        if which not in dits:
-            raise ValueError(f"--init {run.args.init}: has no base model to start {stage} from, "
-                             f"only {', '.join(dits)}")
         origin = f"{which} of --init {run.args.init}"
         source = dits[which]
 
@@ -990,7 +1020,7 @@ def train_dit(run, stage):
     def preview(path, step):
         dtype = torch.bfloat16 if run.device.type == "cuda" else torch.float32
         dit = run.whole_dit(path, stage, dtype).to(run.device)
-        captions = run.world.held_out(8)[1]         # (their flow would be RAFT's work for nothing)
+        captions = world.held_out(8)[1]         # (their flow would be RAFT's work for nothing)
         bundle = VideoJAM(run.preset, run.tae(), dit, stage)
         shown = [part.cpu() for part in bundle.generate(captions, steps=30) if part is not None]
         write_video(run.out / f"previews/{stage}-{step:06d}.mp4", grid(*shown), run.preset.fps)
@@ -1102,8 +1132,8 @@ def parse():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=4, help="threads that read data ahead")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), help="of matrix products; "
-                        "default: bf16 where the device is fast at it")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), help="of matrix products "
+                        "(RAFT's apart); default: bf16 where the device is fast at it")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
                         help="torch.compile each block; default: where a C++ compiler is")
     parser.add_argument("--recompute", action=argparse.BooleanOptionalAction, help="activation "
@@ -1142,9 +1172,10 @@ def parse():
 def join(backend):
     """Joins torchrun's processes, in a corner of its store that is new to this attempt: torch 2.13
     keeps the store when `--max-restarts` starts processes again, which would then wait for dead
-    ones at the addresses they left there. Rank 0 names the corner; nobody else takes an old name,
-    since each waits for the answer to a question of its own. (An hour's timeout: the others
-    wait while rank 0 shows a preview.)"""
+    ones at the addresses they left there (how often a node was restarted is no name for the corner:
+    nodes count apart). Rank 0 names it; nobody else takes an old name,
+    since each waits for the answer to a question of its own. (Hours of timeout: the others
+    wait while rank 0 looks through a folder or shows a preview.)"""
     store, number, processes = next(rendezvous("env://"))
     mine = uuid.uuid4().hex
     if number == 0:
@@ -1158,7 +1189,7 @@ def join(backend):
         mine = store.get(f"answer to {mine}").decode()
         store.set(f"{mine} was taken by {number}", "")
     dist.init_process_group(backend, store=dist.PrefixStore(mine, store), rank=number,
-                            world_size=processes, timeout=datetime.timedelta(hours=1))
+                            world_size=processes, timeout=datetime.timedelta(hours=12))
 
 
 def main():

@@ -1,4 +1,6 @@
 """What takes too long for the suite, and prints what it measures: pytest -s tests/endurance.py"""
+import contextlib
+import json
 import os
 import random
 import signal
@@ -43,6 +45,9 @@ def told(name, function, after):
         phase.write_text(after)
         return result
     return call
+import os
+with open(str(phase) + ".ranks", "a") as file:
+    file.write(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT')} {os.getpid()}\\n")
 train.CHECKPOINT_SECONDS = .3
 train.encode = told("encode", train.encode, "step")
 train.optimize = told("step", train.optimize, "step")
@@ -50,57 +55,71 @@ train.Run.save = told("save", train.Run.save, "step")
 """
 
 
+@contextlib.contextmanager
 def begin(arguments, out):
-    """Starts a run, and waits until it is at work."""
+    """Starts a run and waits until it is at work; nothing of it is left afterwards."""
     phase = out.with_suffix(".phase")
     phase.unlink(missing_ok=True)
-    process = subprocess.Popen(**arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                               start_new_session=True)
-    while not phase.exists() and process.poll() is None:
-        time.sleep(.01)
-    return process, phase
+    with open(out.with_suffix(".log"), "w") as log:
+        process = subprocess.Popen(**arguments, stdout=log, stderr=log, start_new_session=True)
+    try:
+        while not phase.exists() and process.poll() is None:
+            time.sleep(.01)
+        yield process, phase
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def ends_well(arguments, out):
+    """Runs to the end; -> the seconds of its work."""
+    with begin(arguments, out) as (process, _):
+        start = time.time()
+        assert process.wait(timeout=600) == 0, out.with_suffix(".log").read_text()[-2000:]
+        return time.time() - start
 
 
 def test_20_kills_at_random_moments_change_nothing(tmp_path):
     """Some in the writing of a checkpoint or of latents, the others whenever they come."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     options = {"steps": 60, "clips": 1024, "extra": PHASES}
-    process, _ = begin(command(0, whole, **options), whole)
-    start = time.time()
-    assert process.wait() == 0, process.stderr.read()
-    seconds, chance, kills = time.time() - start, random.Random(0), Counter()
+    seconds = ends_well(command(0, whole, **options), whole)
+    chance, kills = random.Random(0), Counter()
     for target in [None, "save", None, "encode", "encode", *[None, "save", None] * 5]:
-        process, phase = begin(command(0, killed, **options), killed)
-        time.sleep(chance.uniform(0, seconds / 20))
-        while target and process.poll() is None and phase.read_text() != target:
-            time.sleep(.001)
-        time.sleep(chance.uniform(0, {"save": .03, "encode": 1}.get(target, 0)))
-        assert process.poll() is None, f"over after {kills}: {process.stderr.read()[-2000:]}"
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        kills[phase.read_text() or "between"] += 1
-    process, _ = begin(command(0, killed, **options), killed)
-    assert process.wait() == 0, process.stderr.read()
+        with begin(command(0, killed, **options), killed) as (process, phase):
+            time.sleep(chance.uniform(0, seconds / 20))
+            while target and process.poll() is None and phase.read_text() != target:
+                time.sleep(.001)
+            time.sleep(chance.uniform(0, {"save": .03, "encode": 1}.get(target, 0)))
+            assert process.poll() is None, f"it was over after {kills}"
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            kills[phase.read_text() or "between"] += 1
+    ends_well(command(0, killed, **options), killed)
     print(f"\n{kills.total()} kills, {dict(kills)}, in a run of {seconds:.0f} s: the same weights")
+    assert kills["save"] and kills["encode"] and kills["step"]
     same(whole, killed)
 
 
 def test_a_killed_rank_comes_back_by_itself(tmp_path):
     """Three times; torchrun starts both processes again, from the last checkpoint."""
     whole, chance = tmp_path / "whole", random.Random(0)
-    options = {"steps": 30, "extra": PHASES, "torchrun": ("--max-restarts=1",)}
-    assert subprocess.run(**command(2, whole, **options), capture_output=True).returncode == 0
+    options = {"steps": 60, "extra": PHASES, "torchrun": ("--max-restarts=1",)}
+    ends_well(command(2, whole, **options), whole)
     for trial in range(3):
         out = tmp_path / f"killed{trial}"
-        process, _ = begin(command(2, out, **options), out)
-        while not list(out.glob("checkpoints/*/status.json")):
-            time.sleep(.01)
-        time.sleep(chance.uniform(0, 5))
-        ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
-        os.kill(int(chance.choice(ranks.stdout.split())), signal.SIGKILL)
-        start = time.time()
-        assert process.wait(timeout=300) == 0, process.stderr.read()
-        print(f"\na rank killed: the run ended well {time.time() - start:.0f} s later")
+        with begin(command(2, out, **options), out) as (process, phase):
+            while not list(out.glob("checkpoints/*/status.json")) and process.poll() is None:
+                time.sleep(.01)
+            time.sleep(chance.uniform(0, 5))
+            ranks = Path(f"{phase}.ranks")
+            victim = chance.choice(ranks.read_text().split()[1::2])
+            os.kill(int(victim), signal.SIGKILL)
+            start = time.time()
+            assert process.wait(timeout=300) == 0, out.with_suffix(".log").read_text()[-2000:]
+            print(f"\na rank was killed: the run ended well {time.time() - start:.0f} s later")
+            assert ranks.read_text().split()[::2] == ["0", "0", "1", "1"]
         same(whole, out)
 
 
@@ -142,7 +161,6 @@ def test_2000_files_of_which_one_in_ten_is_broken(tmp_path, monkeypatch, run):
     write_videos(good, 1, 1, 64, 64)
     video = (good / "0.mp4").read_bytes()
     iio.imwrite(good / "short.mp4", np.zeros((2, 64, 64, 3), np.uint8), fps=24)
-    iio.imwrite(good / "grey.gif", np.full((24, 63, 61), 99, np.uint8), duration=42)
     broken = [b"", b"hello", video[:200], video[:len(video) // 2], video[300:],
               (good / "short.mp4").read_bytes(), os.urandom(5000), None, video, video]
     for i in range(2000):
@@ -168,12 +186,16 @@ def test_2000_files_of_which_one_in_ten_is_broken(tmp_path, monkeypatch, run):
                                                     "--stage", stage))
         assert code == 0, err
         print(f"\n{stage}: {time.time() - start:.0f} s\n{printed}")
-    assert "2000 videos (a .txt beside each video), 1800 used" in printed
+    listing = json.loads((tmp_path / "run/videos.json").read_text())
+    assert [name for name, entry in sorted(listing.items()) if "reason" in entry] == [
+        f"{i:04d}.mp4" for i in range(0, 2000, 10)]
+    reasons = Counter(entry["reason"] for entry in listing.values() if "reason" in entry)
+    assert sum(reasons.values()) == 200 and len(reasons) > 4, reasons
     assert "1800 of 1800 clips are there" in printed
 
 
 def test_shipped_raft_on_200_held_out_clips_of_sprites():
-    """Three pairs of each, at 64 px. Most pixels are a background that stands still."""
+    """Three pairs of each, at 64 px. Most pixels are of a background that stands still."""
     raft, errors = RAFT.load(), []
     for start in range(0, 200, 20):
         video, flow, _, _ = sprite_clips(range(HELD_OUT + start, HELD_OUT + start + 20))
@@ -183,7 +205,7 @@ def test_shipped_raft_on_200_held_out_clips_of_sprites():
     print(f"\nend-point error on sprites, px: median of all pixels {error.median():.3f}, mean "
           f"{error.mean():.3f}; median of the {moves.mean():.0%} that move "
           f"{error[moves > 0].median():.3f}")
-    assert error.median() < .1
+    assert error[moves > 0].median() < .8                   # (2.2 px for a flow of zero)
 
 
 @pytest.mark.skipif("SKIMAGE" not in os.environ, reason="no path to an unzipped wheel of "

@@ -343,8 +343,8 @@ def test_shipped_raft_is_right_on_sprites():
     """(tests/endurance.py has 200 clips.)"""
     video, flow, _, _ = sprite_clips(range(HELD_OUT + 100, HELD_OUT + 112))
     error = (estimate_flow(RAFT.load(), video[:, 6:8])[:, 0] - flow[:, 6]).norm(dim=1)
-    assert error.median() < .1                                          # of all pixels
-    assert error[flow[:, 6].norm(dim=1) > .05].median() < .8            # of those that move
+    assert error.median() < .1                                  # of all pixels; most stand still
+    assert error[flow[:, 6].norm(dim=1) > .05].median() < .8    # of those that move (still: 1.9)
 
 
 def test_training_scenes_have_exact_flow():

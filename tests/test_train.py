@@ -435,6 +435,7 @@ def test_init_takes_the_tae_and_each_stage_its_own_dit(finished, tmp_path, run, 
     torch.save({**bundle, "dits": {"jam": bundle["dits"]["jam"]}}, tmp_path / "jam.pt")
     assert "no base model to start base from, only jam" in refuses(
         train.main, *flags(tmp_path / "alone", "--init", str(tmp_path / "jam.pt")))
+    assert not (tmp_path / "alone").exists()
     torch.save({**bundle, "config": {**bundle["config"], "frames": 9}}, tmp_path / "other.pt")
     assert "of another size than the preset tiny" in refuses(
         train.main, *flags(tmp_path / "other", "--init", str(tmp_path / "other.pt")))
@@ -701,26 +702,49 @@ def test_new_videos_are_encoded_and_the_old_ones_left_alone(folder, tmp_path, ru
                                rtol=2e-3)
 
 
-def test_a_changed_caption_or_a_video_that_is_gone_changes_its_shard_alone(
+def test_captions_are_taken_as_they_are_and_clips_of_lost_or_changed_videos_are_dropped(
         folder, tmp_path, run, finished, monkeypatch):
     def encode():
-        code, _, err = run(train.main, *flags(
+        code, printed, err = run(train.main, *flags(
             out, "--data", str(folder), "--stage", "encode", "--init", str(finished / "model.pt")))
         assert code == 0, err
-        return Latents(out / "latents").captions, content(out / "latents")
+        return printed, Latents(out / "latents")
 
     out = tmp_path / "run"
-    monkeypatch.setattr(train, "SHARD", 8)
+    monkeypatch.setattr(train, "SHARD", 12)                 # the first shard holds 8 a's and 4 b's
     (folder / "a.txt").write_text("a")
     (folder / "inside/b.txt").write_text("b")
-    captions, before = encode()
-    assert captions == ["a"] * 8 + ["b"] * 8
-    (folder / "a.txt").write_text("another")
-    captions, after = encode()
-    assert captions == ["b"] * 8 + ["another"] * 8
-    assert all(after[path] == before[path] for path in before if path.name.startswith("000001"))
-    (folder / "inside/b.txt").unlink()
-    assert encode()[0] == ["another"] * 8
+    _, latents = encode()
+    assert latents.captions == ["a"] * 8 + ["b"] * 8
+    before, x = content(out / "latents"), latents.batch(range(16), 24)[0]
+
+    (folder / "a.txt").write_text("another")                # a caption changes, and no latents
+    printed, latents = encode()
+    assert latents.captions == ["another"] * 8 + ["b"] * 8 and ", 0 to do" in printed
+    after = content(out / "latents")
+    assert {path.name for path in before if before[path] != after[path]} == {"000000.json"}
+
+    (folder / "a.mp4").unlink()                             # a video goes: b's stay, in their order
+    printed, latents = encode()
+    assert "8 clips are dropped" in printed and "2 shards, 1 to do" in printed
+    assert latents.captions == ["b"] * 8
+    torch.testing.assert_close(latents.batch(range(8), 24)[0], x[8:])
+
+    write(folder / "inside/b.mp4", ramp(40), 8)             # a video is another under an old name
+    printed, latents = encode()
+    assert "8 clips are dropped" in printed and latents.captions == ["b"] * 32
+
+
+def test_flow_is_kept_for_fewer_clips_than_a_batch_has(folder, tmp_path):
+    for name in ("a.txt", "inside/b.txt"):
+        (folder / name).write_text("a caption")
+    world = opened(folder, tmp_path / "run")
+    world.room = 3
+    for indices in ([0, 1, 2, 3, 4, 5], [5, 0, 6, 7], [5, 5]):
+        video, _, keys, _ = world.training(indices)
+        assert torch.equal(world.motion(video, keys), world.motion(video, keys))
+        torch.testing.assert_close(world.motion(video, keys), world.motion(video), atol=.01, rtol=0)
+        assert len(world.recent) == 3
 
 
 def test_a_folder_goes_through_all_stages(folder, tmp_path, run):
