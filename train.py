@@ -67,7 +67,7 @@ DEFAULTS = {
     "30b": {"tae": (300_000, 1e-4, 32), "encode": (4, 0, 1), "base": (500_000, 1e-4, 1024),
             "jam": (35_000, 5e-6, 256), "control": (35_000, 5e-6, 256)},
 }
-VERSION = 3                             # of a run's folder: raised when old runs cannot go on
+VERSION = 4                             # of a run's folder: raised when old runs cannot go on
 SHARD = 256                             # clips in a file of latents
 CHECKPOINT_SECONDS = 60                 # between two; or 20 times what one takes to write
 T_BINS = 5                              # losses are reported apart for t in [0, .2), [.2, .4), ...
@@ -1172,10 +1172,10 @@ def parse():
 def join(backend):
     """Joins torchrun's processes, in a corner of its store that is new to this attempt: torch 2.13
     keeps the store when `--max-restarts` starts processes again, which would then wait for dead
-    ones at the addresses they left there (how often a node was restarted is no name for the corner:
-    nodes count apart). Rank 0 names it; nobody else takes an old name,
-    since each waits for the answer to a question of its own. (Hours of timeout: the others
-    wait while rank 0 looks through a folder or shows a preview.)"""
+    ones at the addresses they left there (the number of restarts is no name for the corner: nodes
+    count apart). Rank 0 names it; nobody takes an old name, since each waits for the answer to a
+    question of its own. (Hours of timeout: the others wait while rank 0 looks through a folder or
+    shows a preview.)"""
     store, number, processes = next(rendezvous("env://"))
     mine = uuid.uuid4().hex
     if number == 0:

@@ -116,7 +116,8 @@ def test_every_experiment_writes_its_tables_and_a_page_that_holds_all(bundle, ru
     assert not code, err
     assert (tmp_path / "motivation-0.svg").read_text().count("<polyline") == 4
     for row in ("real clips", "through the TAE", "base", "control", "VideoJAM, w2 = 0",
-                "VideoJAM, w2 = 3", "d = 0 at inference", "InstructPix2Pix", "jam, step 60", "jam, d = 0"):
+                "VideoJAM, w2 = 3", "d = 0 at inference", "InstructPix2Pix", "jam, step 60",
+                "jam, d = 0"):
         assert f"| {row} |" in said, row
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results) == {"motivation", "compare", "ablation", "sdedit"}
@@ -165,7 +166,8 @@ def test_a_folder_is_generated_measured_and_rated(bundle, run, tmp_path, refuses
 
 def test_votes_become_shares_with_intervals_and_agreement(run, tmp_path, refuses):
     def ballot(name, choices, a="A"):
-        votes = [{"pair": f"p{i}", "question": "motion", "choice": c} for i, c in enumerate(choices)]
+        votes = [{"pair": f"p{i}", "question": "motion", "choice": c}
+                 for i, c in enumerate(choices)]
         path = tmp_path / f"{name}.json"
         path.write_text(json.dumps({"kind": "videojam votes", "a": a, "b": "B", "rater": name,
                                     "votes": votes}))
