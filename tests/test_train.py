@@ -318,11 +318,18 @@ report_errors(train.main)
             "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
 
 
+def at_once(*commands):
+    """Runs them beside each other; all have to end well."""
+    runs = [subprocess.Popen(**arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            for arguments in commands]
+    for run in runs:
+        err = run.communicate()[1]
+        assert run.returncode == 0, err[-3000:]
+
+
 def test_two_processes_are_one_and_checkpoints_come_back_on_another_number(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    for arguments in (command(0, one), command(2, two, "--accumulate", "2")):
-        done = subprocess.run(**arguments, capture_output=True)
-        assert done.returncode == 0, done.stderr[-3000:]
+    at_once(command(0, one), command(2, two, "--accumulate", "2"))
     for stage in ("tae", "base", "jam", "control"):
         steps = [[row for row in map(json.loads, rows(out, stage)) if "lr" in row]
                  for out in (one, two)]
@@ -332,16 +339,16 @@ def test_two_processes_are_one_and_checkpoints_come_back_on_another_number(tmp_p
             for loss in (key for key in a if key.startswith("loss")):
                 assert a[loss] == pytest.approx(b[loss], rel=1e-5)
     # the last 4 of 20 steps again, on the other number of processes
-    for out, processes, replicas in ((one, 2, ("--replicas", "2")), (two, 0, ())):
-        whole, last = checkpoint(out, "jam"), checkpoints(out, "jam")[-1]
-        assert whole["step"] == 20
-        shutil.rmtree(last)
-        done = subprocess.run(**command(processes, out, "--stage", "jam", *replicas),
-                              capture_output=True)
-        assert done.returncode == 0, done.stderr[-3000:]
+    whole = [checkpoint(out, "jam") for out in (one, two)]
+    for out in (one, two):
+        shutil.rmtree(checkpoints(out, "jam")[-1])
+    at_once(command(2, one, "--stage", "jam", "--replicas", "2"),
+            command(0, two, "--stage", "jam"))
+    for before, out in zip(whole, (one, two)):
         again = checkpoint(out, "jam")
+        assert before["step"] == again["step"] == 20
         for part in ("model", "ema"):
-            for name, weight in whole[part].items():
+            for name, weight in before[part].items():
                 torch.testing.assert_close(again[part][name], weight, rtol=1e-4, atol=1e-6)
 
 
@@ -509,7 +516,8 @@ def test_damaged_files_and_latents_of_another_tae_are_refused(finished, tmp_path
     assert "not a tae file, or damaged" in refuses(train.main, *flags(out, "--stage", "encode"))
     settings = json.loads((out / "settings.json").read_text())
     (out / "settings.json").write_text(json.dumps({**settings, "version": 2}))
-    assert f"begun with version 2, not {train.VERSION}: take another --out" in refuses(train.main, *flags(out))
+    assert f"begun with version 2, not {train.VERSION}: take another --out" in refuses(
+        train.main, *flags(out))
 
 
 def test_as_a_command_bad_input_ends_in_exit_code_2_and_one_line(tmp_path):
