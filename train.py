@@ -367,9 +367,11 @@ class Latents:
     def __init__(self, folder):
         self.folder = folder
         self.shards = sorted(path.stem for path in folder.glob("[0-9]*.json"))
-        captions = [json.loads((folder / f"{name}.json").read_text())["captions"]
-                    for name in self.shards]
+        contents = [json.loads((folder / f"{name}.json").read_text()) for name in self.shards]
+        captions = [content["captions"] for content in contents]
         self.captions = sum(captions, [])
+        self.skipped = {name: reason for content in contents
+                        for name, reason in content["skipped"].items()}
         self.ends = np.cumsum([len(part) for part in captions])
         self.open = functools.lru_cache(4096)(self.open)
 
@@ -950,9 +952,7 @@ def encode(run):
     bar.close()
     wait_for_all()
     latents = Latents(folder)
-    skipped = {name: reason for s in latents.shards for name, reason in
-               json.loads((folder / f"{s}.json").read_text())["skipped"].items()}
-    say_skipped(skipped)
+    say_skipped(latents.skipped)
     if bar.n:
         total = time.time() - begun
         shares = ", ".join(f"{k} {v / total:.0%}" for k, v in seconds.items())
