@@ -125,12 +125,12 @@ COLOURS = {"red": (.90, .12, .12), "green": (.10, .62, .18), "blue": (.12, .25, 
 SHAPES = ("circle", "square", "triangle", "cross", "star")
 # kind -> (the paper's category, phrases, how often)
 MOTIONS = {
-    "move": ("basic", ("moves left", "moves right", "moves up", "moves down"), 8),
+    "move": ("basic", ("moves left", "moves right", "moves up", "moves down"), 5),
     "zigzag": ("complex", ("zigzags left", "zigzags right"), 2),
-    "swing": ("complex", ("swings from side to side",), 2),
-    "orbit": ("complex", ("orbits clockwise", "orbits counterclockwise"), 2),
-    "spin": ("rotational", ("spins clockwise", "spins counterclockwise"), 3),
-    "fall": ("physics", ("falls and bounces",), 2),
+    "swing": ("complex", ("swings from side to side",), 3),
+    "orbit": ("complex", ("orbits clockwise", "orbits counterclockwise"), 3),
+    "spin": ("rotational", ("spins clockwise", "spins counterclockwise"), 4),
+    "fall": ("physics", ("falls and bounces",), 3),
     "collide": ("physics", ("collide",), 2),
 }
 TRAVEL = {"slowly": (.15, .25), "": (.30, .45), "quickly": (.52, .65)}   # widths in the clip

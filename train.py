@@ -28,6 +28,7 @@ import logging
 import os
 import shutil
 import signal
+import sys
 import time
 import uuid
 import warnings
@@ -739,11 +740,12 @@ def optimize(run, stage, model, load, loss_of, preview, stream=None, origin=None
                                    "exp_avg_sq": torch.zeros_like(weight)}
     state = {"model": weights, "ema": average,
              "optimizer": {name: optimizer.state[weight] for name, weight in weights.items()}}
-    settings = {"lr": lr, "batch": batch, "origin": origin, "uniform_t": args.uniform_t}
+    settings = {"lr": lr, "batch": batch, "origin": origin, "uniform_t": args.uniform_t,
+                "t_shift": args.t_shift}
     step, (path, status) = 0, run.last(stage)
     if path:
-        changed = "; ".join(f"{k} {status[k]}, not {v}" for k, v in settings.items()
-                            if status[k] != v)
+        changed = "; ".join(f"{k} {status.get(k)}, not {v}" for k, v in settings.items()
+                            if status.get(k) != v)
         if changed:
             raise ValueError(f"{path} was begun with {changed}: take another --out, or delete "
                              f"{stage}'s checkpoints to begin the stage again")
@@ -798,7 +800,9 @@ def optimize(run, stage, model, load, loss_of, preview, stream=None, origin=None
                     f"{stage}: {BAD_STEPS} steps in a row are not finite, from step {first_bad} on"
                     + (f", t from {t.min():.3f} to {t.max():.3f}" if t is not None else "")
                     + f"; the last checkpoint is of step {kept['step'] if kept else 0}")
-            if (step % every == 0 or step == steps) and recent:
+            show = step == steps or step % max(1, steps // 5) == 0
+            stop, late = agreed(run.device, bool(stopped), time.time() - saved > CHECKPOINT_SECONDS)
+            if (step % every == 0 or show or stop) and recent:
                 gathered = [recent]
                 if ranks() > 1:
                     gathered = [None] * ranks()
@@ -808,9 +812,7 @@ def optimize(run, stage, model, load, loss_of, preview, stream=None, origin=None
                 bar.set_postfix({k: v for k, v in row.items() if not isinstance(v, list)}
                                 | {"waits": f"{ahead.waited / (time.time() - begun):.0%}"})
                 recent = []
-            show = step == steps or step % max(1, steps // 5) == 0
-            stop, late = agreed(run.device, bool(stopped), time.time() - saved > CHECKPOINT_SECONDS)
-            if show or stop or late:
+            if show or stop or late and not recent:     # so that every step is in one row
                 start = time.time()
                 run.save(stage, step, state, {"of": steps, **settings})
                 saved = time.time() + max(0, 20 * (time.time() - start) - CHECKPOINT_SECONDS)
@@ -1011,7 +1013,8 @@ def train_dit(run, stage):
     def loss_of(data, rows, draws):
         x1, d1, y = (part[rows.start:rows.stop].to(run.device) for part in data)
         z1 = torch.cat([x1, d1], 1) if motion else x1
-        t, errors = squared_errors(model, z1, y, C, uniform=run.args.uniform_t, generator=draws)
+        t, errors = squared_errors(model, z1, y, C, uniform=run.args.uniform_t,
+                                   shift=run.args.t_shift, generator=draws)
         report = {"t": t, "loss_x": errors[:, :C].mean(1)}
         if motion:
             report["loss_d"] = errors[:, C:].mean(1)
@@ -1129,6 +1132,8 @@ def parse():
                         "backgrounds, and of scenes with several sprites (default %(default)s)")
     parser.add_argument("--uniform-t", action=argparse.BooleanOptionalAction, help="uniform t, or "
                         "logit-normal; default: uniform for the toy")
+    parser.add_argument("--t-shift", type=float, help="above 1: more t near noise (default: 3 for "
+                        "the toy, else 1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=4, help="threads that read data ahead")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -1146,7 +1151,8 @@ def parse():
     args = parser.parse_args()
     if args.preset not in PRESETS:
         raise ValueError(f"unknown preset {args.preset!r}: one of {', '.join(PRESETS)}")
-    for name in ("steps", "lr", "batch", "accumulate", "workers", "replicas", "world", "tflops"):
+    for name in ("steps", "lr", "batch", "accumulate", "workers", "replicas", "world", "tflops",
+                 "t_shift"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise ValueError(f"--{name} must be positive, got {getattr(args, name)}")
     if not 0 <= args.rich <= 1:
@@ -1159,6 +1165,8 @@ def parse():
     args.out = args.out or f"runs/{Path(args.data).name if args.data else args.preset}"
     if args.uniform_t is None:          # where a toy's few latents lie is decided before t = .1,
         args.uniform_t = args.preset == "toy"       # of which logit-normal samples only 1.4%
+    if args.t_shift is None:
+        args.t_shift = 3. if args.preset == "toy" else 1.
     args.device = device_of(args.device)
     if args.compile is None:
         args.compile = can_compile(args.device)
@@ -1215,6 +1223,10 @@ def main():
     say(f'{run.out}: done. python sample.py --run {run.out} "a red square moves left"')
     if dist.is_initialized():
         dist.destroy_process_group()
+        # all is written: end here, since torch 2.13's gloo threads may abort a process ("terminate
+        # called", 1 in 16 on a busy core) that winds down, and torchrun would call that a failure
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":

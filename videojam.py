@@ -456,10 +456,12 @@ def velocity(x1, x0):
     return x1 - x0
 
 
-def sample_t(n, uniform=False, generator=None):
-    """n times in (0, 1): logit-normal(0, 1) as in Movie Gen, or uniform."""
-    return draw(torch.rand, (n,), generator) if uniform else \
+def sample_t(n, uniform=False, shift=1., generator=None):
+    """n times in (0, 1): logit-normal(0, 1) as in Movie Gen, or uniform; of which a shift above 1
+    moves more towards noise (as Stable Diffusion 3 does for large images), where motion is made."""
+    t = draw(torch.rand, (n,), generator) if uniform else \
         draw(torch.randn, (n,), generator).sigmoid()
+    return t / (t + shift * (1 - t))
 
 
 def drop(batch, p, empty, generator=None):
@@ -469,7 +471,7 @@ def drop(batch, p, empty, generator=None):
 
 
 def squared_errors(model, z1, y, C, null=None, text_dropout=.3, motion_dropout=.2, uniform=False,
-                   generator=None):
+                   shift=1., generator=None):
     """|u(z_t, y, t) - v|^2 of a batch: the integrand of Eq. 3 (C channels) and of Eq. 6 (2C).
     z1 (B, C or 2C, ...): x1, or [x1, d1]; y any tensor with a batch axis, null what stands for no
     text (ours by default); generator: one, or one for each sample (see `draw`). Text is dropped for
@@ -482,7 +484,7 @@ def squared_errors(model, z1, y, C, null=None, text_dropout=.3, motion_dropout=.
     null = null_text(y) if null is None else null.expand_as(y)
     # one CPU generator, whatever the device; what x needs is drawn before what d needs, so that a
     # model without motion gets the same noise, times and dropped prompts
-    x0, t = noise(z1[:, :C]), sample_t(len(z1), uniform, generator).to(z1)
+    x0, t = noise(z1[:, :C]), sample_t(len(z1), uniform, shift, generator).to(z1)
     y = drop(y, text_dropout, null, generator)
     z0 = torch.cat([x0, noise(z1[:, C:])], 1)
     z_t = noised(z1, z0, t)
@@ -643,9 +645,10 @@ class Preset:
 
 
 PRESETS = {
-    # what two CPU cores train in minutes: pixels folded 4 x 4, so that no convolution sees them all
+    # what two CPU cores train: pixels folded 4 x 4, so that no convolution sees them all; a token a
+    # latent position, since [x, d] of 2 x 2 of them (128 numbers, noise and all) crowd a width of 192
     "toy": Preset(16, 64, 8, TAEConfig(16, 4, (48, 96, 96), ((2, 2), (2, 1)), 1),
-                  DiTConfig(16, 2, 192, 6, 3, 384, 96, 2, 192)),
+                  DiTConfig(16, 1, 192, 6, 3, 384, 96, 2, 192)),
     # one GPU, own videos: 149 M parameters
     "small": Preset(48, 128, 12, TAEConfig(16, 1, (64, 128, 256, 256)),
                     DiTConfig(16, 2, 768, 16, 12, 1536, 768, 2)),

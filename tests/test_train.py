@@ -352,6 +352,37 @@ def test_two_processes_are_one_and_checkpoints_come_back_on_another_number(tmp_p
                 torch.testing.assert_close(again[part][name], weight, rtol=1e-4, atol=1e-6)
 
 
+# motion without RAFT: fast, and another one for every clip
+BRIGHTNESS_AS_MOTION = """
+train.RAFT.load = lambda: train.torch.nn.Identity()
+train.estimate_flow = lambda raft, video: video[:, :, :2] - .5
+"""
+
+
+def test_two_processes_share_a_folder_of_videos(folder, tmp_path):
+    """Each encodes its shards; videos that cannot be decoded are skipped by either."""
+    write(folder / "c.mp4", ramp(40), 8)
+    (folder / "cut.mp4").write_bytes((folder / "c.mp4").read_bytes()[:500])
+    for name in ("a", "inside/b", "c", "cut"):
+        (folder / f"{name}.txt").write_text(name)
+    one, two = tmp_path / "one", tmp_path / "two"
+    options = {"steps": 4, "clips": 64, "extra": BRIGHTNESS_AS_MOTION + """
+train.STAGES = "tae", "encode"
+"""}
+    at_once(command(0, one, "--data", str(folder), **options),
+            command(2, two, "--data", str(folder), **options))
+    losses = [[json.loads(row)["loss"] for row in rows(out, "tae") if '"loss"' in row]
+              for out in (one, two)]
+    assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], rel=1e-5)
+    listings = [json.loads((out / "videos.json").read_text()) for out in (one, two)]
+    assert listings[0] == listings[1] and "reason" in listings[0]["cut.mp4"]
+    a, b = (Latents(out / "latents") for out in (one, two))
+    assert len(a.shards) == 4 and len(a.captions) == 8 + 8 + 36 and a.captions == b.captions
+    every = list(range(len(a.captions)))
+    for x, y in zip(a.batch(every, 24), b.batch(every, 24)):
+        torch.testing.assert_close(x, y, atol=1e-2, rtol=1e-2)  # (the basis follows the rounding)
+
+
 # ---------------------------------------------------------------- what can go wrong in a long run
 
 
@@ -490,7 +521,8 @@ def test_bad_flags_are_one_line_and_leave_no_run_folder(tmp_path, refuses, flag,
     (("--data", str(CLIPS)), "begun with data None"),
     (("--stage", "tae", "--lr", .5, "--steps", 9), "begun with lr 0.001, not 0.5"),
     (("--stage", "jam", "--batch", 2, "--steps", 9), "begun with batch 4, not 2"),
-    (("--stage", "jam", "--uniform-t", "--steps", 9), "begun with uniform_t False, not True")])
+    (("--stage", "jam", "--uniform-t", "--steps", 9), "begun with uniform_t False, not True"),
+    (("--stage", "jam", "--t-shift", "2", "--steps", 9), "begun with t_shift 1.0, not 2.0")])
 def test_a_run_folder_of_other_settings_is_refused_and_left_as_it_was(finished, refuses, more,
                                                                      complaint):
     before = content(finished)

@@ -217,9 +217,16 @@ def test_eq3_is_zero_for_the_true_velocity_and_1_when_off_by_one():
 
 def test_t_is_logit_normal_or_uniform_inside_0_1():
     for uniform, quartile in ((False, 1 / (1 + math.exp(.6745))), (True, .25)):
-        t = sample_t(50_000, uniform, torch.Generator().manual_seed(0))
+        t = sample_t(50_000, uniform, generator=torch.Generator().manual_seed(0))
         assert 0 < t.min() and t.max() < 1 and t.mean() == pytest.approx(.5, abs=.01)
         assert t.quantile(.25) == pytest.approx(quartile, abs=.01)
+
+
+@pytest.mark.parametrize("uniform", (False, True))
+def test_a_shift_moves_t_towards_noise_by_a_factor_of_its_odds(uniform):
+    plain, shifted = (sample_t(1000, uniform, shift, torch.Generator().manual_seed(0)).double()
+                      for shift in (1., 3.))
+    torch.testing.assert_close(shifted / (1 - shifted), plain / (1 - plain) / 3, rtol=1e-4, atol=0)
 
 
 # ---------------------------------------------------------------- Sec. 4.2: motion rows, Eq. 6
