@@ -13,6 +13,7 @@ motion that the prompt names: least squares over the scene's own physics, in px.
 import argparse
 import base64
 import html
+import itertools
 import json
 import math
 import os
@@ -32,8 +33,8 @@ from tqdm import tqdm
 
 from flow import (COLOURS, DIRECTIONS, HELD_OUT, RAFT, SHAPES, TRAVEL, TURNS, autocast, bouncing,
                   estimate_flow, fast_dtype, flow_to_rgb, report_errors, rgb_to_flow,
-                  signed_distance, sprite_clips, write_file)
-from train import (can_compile, device_of, grid, read_lines, saved_bytes, weights_of,
+                  signed_distance, sprite_clips, write_text)
+from train import (can_compile, device_of, grid, read_lines, saved_bytes, say_cut, weights_of,
                    write_video)
 from videojam import (VideoJAM, euler_sample, linear_quadratic, noised, squared_errors, tokenize,
                       velocity)
@@ -202,12 +203,13 @@ def paired(a, b):
 
 
 def cell(values, scale=1, statistic=np.mean):
-    """A table's cell: value [low, high], over the clips that have one."""
-    values = [value for value in values if value is not None]
-    if not values:
+    """A table's cell: value [low, high], over the clips that have one; how many, if not all do."""
+    have = [value for value in values if value is not None]
+    if not have:
         return "-"
     return "{:.{k}f} [{:.{k}f}, {:.{k}f}]".format(
-        *(scale * v for v in interval(values, statistic)), k=1 if scale == 100 else 2)
+        *(scale * v for v in interval(have, statistic)), k=1 if scale == 100 else 2) \
+        + f", n = {len(have)}" * (len(have) < len(values))
 
 
 # ---------------------------------------------------------------- metrics of any video (VBench's)
@@ -227,7 +229,7 @@ def vbench(video, fps, raft, flow=None):
     dynamic: dynamic_degree (of RAFT's flow, ours being the small model); flicker:
     temporal_flickering; smooth: motion_smoothness, but the odd frames are interpolated by RAFT's
     flow between the even ones, not by AMT, so it compares with VBench's only in order. `flow`,
-    where it is known: RAFT's, of frames 1/8 s apart. None for what too short a video has not."""
+    where it is known: RAFT's, of frames 1/8 s apart. None where a video is too short for one."""
     def flow_of(frames):
         return estimate_flow(raft, frames[None])[0, :-1]
 
@@ -280,9 +282,10 @@ def held_out_clips(n, frames, size, start=HELD_OUT + 10_000):
 
 
 def judge(video, scenes):
-    """Per clip: is the sprite there throughout, alone, in shape; its motion, error and verdict."""
+    """Per scene: is the sprite there throughout, alone, in shape; its motion, error and verdict.
+    Of several samples of a prompt (all prompts' first ones come first), the mean."""
     rows = []
-    for clip, scene in zip(video, scenes):
+    for clip, scene in zip(video, itertools.cycle(scenes)):
         sprite, S = scene["sprites"][0], clip.shape[-1]
         there, shape, path, alpha = track(clip, sprite["colour"], sprite["shape"])
         error, named, amount = fit_motion(sprite["kind"], sprite["phrase"], path, S)
@@ -296,7 +299,14 @@ def judge(video, scenes):
             "error": error if there.all() else None,
             "speed": speeds and in_range(amount, *speeds[word if word in speeds else ""]),
             "energy": amount if sprite["kind"] == "fall" and named else None})
-    return rows
+    return [mean_row(rows[i::len(scenes)]) for i in range(len(scenes))]
+
+
+def mean_row(rows):
+    """The mean of each number in rows of the same prompt, over those that have one."""
+    merged = {key: [row[key] for row in rows if row[key] is not None] for key in rows[0]}
+    return {key: None if not values else values[0] if key == "kind" else float(np.mean(values))
+            for key, values in merged.items()}
 
 
 class World:
@@ -319,13 +329,14 @@ class World:
         self.done = {}
 
     def sample(self, which="jam", **options):
-        """Video and RGB motion for the prompts; prompt i starts from the noise of HELD_OUT + i."""
+        """Video and RGB motion for the prompts (--seeds times all of them, one after the other);
+        sample i starts from the noise of HELD_OUT + i."""
         key = which, *sorted(options.items())
         if key not in self.done:
             defaults = {"steps": self.args.steps, "w1": self.args.w1, "w2": self.args.w2}
             self.done[key] = self.models[which].generate(
-                self.captions, seed=HELD_OUT, batch=50, progress=f"{which} {options or ''}",
-                **{**defaults, **options})
+                self.captions * self.args.seeds, seed=HELD_OUT, batch=50,
+                progress=f"{which} {options or ''}", **{**defaults, **options})
         return self.done[key]
 
     @torch.no_grad()
@@ -334,6 +345,17 @@ class World:
         x1, d1 = self.tae.encode(video), self.tae.encode(flow_to_rgb(flow), True)
         generator = torch.Generator().manual_seed(HELD_OUT)
         return x1, d1, *(torch.randn(x1.shape, generator=generator) for _ in range(2))
+
+    @torch.no_grad()
+    def coded(self, video, motion=False):
+        """Video, or RGB flow, through the TAE: the ceiling of what a DiT can reach."""
+        return torch.cat([self.tae.decode(self.tae.encode(v, motion), motion, self.config.frames)
+                          for v in video.split(50)])
+
+    @property
+    def ceilings(self):
+        return {"real clips": (self.video, flow_to_rgb(self.flow)),
+                "through the TAE": (self.coded(self.video), None)}
 
 
 PHYSICS = (("there, in its colour, in all frames %", "there", 100), ("one sprite %", "one", 100),
@@ -412,18 +434,12 @@ def motivation(world):
 
 def compare(world):
     """Tables 1, 2, 4: base, control (plain fine-tuning for the same steps) and VideoJAM."""
-    tae, config, args, rgb = world.tae, world.config, world.args, flow_to_rgb(world.flow)
-
-    @torch.no_grad()
-    def coded(video, motion):
-        return torch.cat([tae.decode(tae.encode(v, motion), motion, config.frames)
-                          for v in video.split(50)])
+    config, args, rgb = world.config, world.args, flow_to_rgb(world.flow)
 
     def psnr(a, b):
         return (-10 * (a - b).square().mean((1, 2, 3, 4)).log10()).tolist()
 
-    videos = {"real clips": (world.video, rgb),
-              "through the TAE": (coded(world.video, False), None)}
+    videos = world.ceilings
     for which in ("base", "control"):
         if which in world.models:
             videos[which] = world.sample(which)
@@ -431,21 +447,23 @@ def compare(world):
     videos[f"VideoJAM, w2 = {args.w2:g}"] = world.sample()
     results = {name: judge(video, world.scenes) for name, (video, _) in videos.items()}
     others = held_out_clips(args.n, config.frames, config.size, HELD_OUT + 10_000_000)[0]
+    some = max(20, args.n // 10)                        # (RAFT is slow)
     table = []
     for name, (video, motion) in videos.items():
         metrics, apart = [], []
-        for i, clip in enumerate(tqdm(video[:50], desc=f"flow of {name}")):     # (RAFT is slow)
+        for i, clip in enumerate(tqdm(video[:some], desc=f"flow of {name}")):
             seen = estimate_flow(world.raft, clip[None])[0]
             metrics.append(vbench(clip, config.fps, world.raft, seen if config.fps == 8 else None))
             if motion is not None:
                 told = rgb_to_flow(motion[i])
                 moving = (told.norm(dim=1) > .3) | (seen.norm(dim=1) > .3)
-                apart += [(told - seen).norm(dim=1)[moving].mean().item()] * bool(moving.any())
+                apart.append((told - seen).norm(dim=1)[moving].mean().item()
+                             if moving.any() else None)
         table.append([name, cell([m["dynamic"] for m in metrics], 100),
                       cell([m["flicker"] for m in metrics], 100),
                       cell([m["smooth"] for m in metrics], 100), cell(apart),
                       f"{frechet(frame_statistics(video), frame_statistics(others)):.2f}"])
-    header = ["the first 50 prompts", "dynamic degree %", "temporal flickering %",
+    header = [f"the first {min(some, args.n)} prompts", "dynamic degree %", "temporal flickering %",
               "motion smoothness %", "motion predicted against seen by RAFT, px",
               f"frame distance to {args.n} other real clips (all prompts)"]
     kinds = sorted({r["kind"] for r in results["real clips"]})
@@ -459,10 +477,10 @@ def compare(world):
     if "control" in results:
         tables.insert(1, paired_table(results, "control"))
     quality = [cell(psnr(world.video, videos["through the TAE"][0])),
-               cell(psnr(rgb, coded(rgb, True)))]
+               cell(psnr(rgb, world.coded(rgb, True)))]
     return {"about": f"n = {args.n} held-out prompts of one sprite on a plain background, the "
-                     f"first sample of each, the same noise for every model, {args.steps} steps, "
-                     f"w1 = {args.w1:g}; 95% bootstrap intervals over prompts. "
+                     f"first {args.seeds} of each, the same noise for every model, "
+                     f"{args.steps} steps, w1 = {args.w1:g}; 95% bootstrap intervals over prompts. "
                      f"TAE: {quality[0]} dB, RGB flow {quality[1]} dB.",
             "tables": tables, "clips": results,
             "shown": [(name, video[:8]) for name, (video, _) in videos.items()]
@@ -484,9 +502,11 @@ def ablation(world):
                 for share in (25, 75, 100)}
     for run in world.args.also or ():
         other = VideoJAM.load(Path(run) / "model.pt")
-        results[run] = other.generate(world.captions, seed=HELD_OUT, batch=50, steps=steps,
-                                      w1=world.args.w1, w2=w2, progress=run)
-    rows = {name: judge(video, world.scenes) for name, (video, _) in results.items()}
+        results[run] = other.generate(
+            world.captions * world.args.seeds, seed=HELD_OUT, batch=50, steps=steps,
+            w1=world.args.w1, w2=w2, progress=run)
+    rows = {name: judge(video, world.scenes)
+            for name, (video, _) in (world.ceilings | results).items()}
     return {"about": f"n = {world.args.n} held-out prompts, the same noise in every row. "
                      "InstructPix2Pix and composable guidance act in all steps. The p values are "
                      "not corrected for their number.",
@@ -513,6 +533,7 @@ def sdedit(world):
         shown.append((name, edited[:8]))
 
     row("the clip itself, by RAFT", "1", video)
+    row("through the TAE", "1", world.coded(video))
     for which in ("base", "jam"):
         for start in (0, 20, 60, 80) if which in world.models else ():
             dit, t = world.models[which].dit, times[start].expand(n)
@@ -540,13 +561,6 @@ def videos_of(folder, kinds=(".mp4", ".webm", ".mov", ".avi", ".mkv", ".gif")):
     if not paths:
         raise ValueError(f"{folder}: no videos ({', '.join(kinds)}) in it")
     return paths
-
-
-def make_folder(path):
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"cannot make the folder {path}: {error.strerror}") from None
 
 
 def file_stem(prompt):
@@ -598,8 +612,9 @@ def generate(args):
     if len({file_stem(prompt) for prompt in prompts}) < len(prompts):
         raise ValueError(f"{args.paths[0]}: two prompts have the same first 180 bytes, and so "
                          "would the names of their files")
-    make_folder(out)
-    bundle = VideoJAM.load(weights_of(args))
+    out.mkdir(parents=True, exist_ok=True)
+    bundle = VideoJAM.load(weights_of(args), args.which)
+    say_cut(prompts, bundle.config.dit.max_bytes)
     many = [prompt for prompt in prompts for _ in range(args.seeds)]
     video, _ = bundle.generate(many, steps=args.steps, w1=args.w1, w2=args.w2, progress="generate")
     for i, (prompt, clip) in enumerate(zip(many, video)):
@@ -779,9 +794,9 @@ def rate(args):
               "b": data_url(b[name])} for name in names]
     data = json.dumps({"a": args.paths[0], "b": args.paths[1], "questions": QUESTIONS,
                        "pairs": pairs}).replace("<", "\\u003c")
-    make_folder(args.out)
+    args.out.mkdir(parents=True, exist_ok=True)
     page = args.out / "rate.html"
-    write_file(page, lambda file: file.write_text(RATING_PAGE.replace("DATA", data, 1)))
+    write_text(page, RATING_PAGE.replace("DATA", data, 1))
     print(f"{page}: {len(names)} pairs, {len(a) + len(b) - 2 * len(names)} videos without a pair; "
           "open it, vote, save, then python bench.py votes votes-*.json")
 
@@ -852,7 +867,7 @@ def markdown(table):
 
 def report(out, sections, fps):
     """results.json, report.md and report.html (self-contained) of {name: section}."""
-    make_folder(out)
+    out.mkdir(parents=True, exist_ok=True)
     text, page = ["# VideoJAM: experiments"], ["<!doctype html><meta charset=utf-8><style>"
         "body{font:15px sans-serif;margin:2em}td,th{padding:.2em .8em;border-bottom:1px solid #ccc}"
         "video{margin:.2em;image-rendering:pixelated}</style><h1>VideoJAM: experiments</h1>"]
@@ -867,7 +882,7 @@ def report(out, sections, fps):
                 for row in [header, *rows]) + "</table><br>")
         for i, (label, curves) in enumerate(section.get("curves", ())):
             page.append(svg(label, curves))
-            write_file(out / f"{name}-{i}.svg", lambda file: file.write_text(page[-1]))
+            write_text(out / f"{name}-{i}.svg", page[-1])
         for title, clips in section.get("shown", ()):
             path = out / f".{os.getpid()}.mp4"
             write_video(path, grid(clips), fps, scale=2)
@@ -878,7 +893,7 @@ def report(out, sections, fps):
             for name, section in sections.items()}
     for name, content in (("report.md", "\n\n".join(text) + "\n"), ("report.html", "\n".join(page)),
                           ("results.json", json.dumps(data, default=list))):
-        write_file(out / name, lambda file, content=content: file.write_text(content))
+        write_text(out / name, content)
     last = max(i for i, line in enumerate(text) if line.startswith("## "))
     print("\n\n".join(text[last:]) + f"\n\n{out}/report.html\n")
 
@@ -897,8 +912,11 @@ def main():
     parser.add_argument("paths", nargs="*", help="of metrics, generate, rate and votes")
     parser.add_argument("--run", help="folder of a training run; default: the shipped weights")
     parser.add_argument("--also", nargs="*", help="other runs, a row each in the ablation")
-    parser.add_argument("--n", type=int, help="prompts (default: 100)")
-    parser.add_argument("--seeds", type=int, default=1, help="samples of each prompt (generate)")
+    parser.add_argument("--n", type=int, help="prompts (default: 50)")
+    parser.add_argument("--which", choices=("jam", "base", "control"), default="jam",
+                        help="the model that `generate` samples")
+    parser.add_argument("--seeds", type=int, default=1, help="samples of each prompt "
+                        "(compare, ablation, generate), of which a prompt's numbers are the means")
     parser.add_argument("--steps", type=int, help="of the sampler (default: 100)")
     parser.add_argument("--w1", type=float, default=5.)
     parser.add_argument("--w2", type=float, default=3.)
@@ -907,7 +925,7 @@ def main():
     parser.add_argument("--device", default="cpu", help="of `speed`")
     parser.add_argument("--out", type=Path, help="folder; default: runs/bench, or in it")
     args = parser.parse_intermixed_args()
-    args.n = args.n if args.n is not None else 16 if args.quick else 100
+    args.n = args.n if args.n is not None else 16 if args.quick else 50
     args.steps = args.steps if args.steps is not None else 25 if args.quick else 100
     for name in ("n", "steps", "seeds", "batch"):
         if getattr(args, name) < 1:

@@ -30,12 +30,14 @@ ROOT = Path(__file__).resolve().parent
 # ---------------------------------------------------------------- files and errors, for all scripts
 
 def report_errors(main):
-    """Runs a script's main. Bad input, a ValueError, ends as one line on stderr and exit code 2,
-    Ctrl-C as one line and a shell's usual 130."""
+    """Runs a script's main. Bad input, a ValueError, or a file that cannot be read or written ends
+    as one line on stderr and exit code 2, Ctrl-C as one line and a shell's usual 130."""
     script = Path(sys.argv[0]).name
     try:
         main()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
+        if getattr(error, "filename", None):
+            error = f"cannot use {error.filename}: {error.strerror}"
         print(f"{script}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -48,14 +50,24 @@ def write_file(path, save):
     path = Path(path)
     if not path.parent.is_dir():
         raise ValueError(f"{path.parent}: no such folder to write {path.name} into")
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     try:
         save(temporary)
         os.replace(temporary, path)
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror or error}") from None
+    except (OSError, RuntimeError) as error:        # (torch.save's own are RuntimeErrors)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise ValueError(f"cannot write {path}: {reason}") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    write_file(path, lambda temporary: temporary.write_text(text))
+
+
+def write_tensors(path, content):
+    """What `read_file` reads: a dict of data and tensors, with its "kind"."""
+    write_file(path, lambda temporary: torch.save(content, temporary))
 
 
 def read_file(path, kind):
@@ -495,11 +507,14 @@ class RAFT(nn.Module):
         self.update_block = UpdateBlock()
 
     def forward(self, frame1, frame2, iters=12):
-        images = self.prepare(torch.cat([frame1, frame2]))
-        features1, features2 = self.feature_encoder(images).chunk(2)
-        context = self.context_encoder(images[:len(frame1)])
-        flows = self.refine(features1, features2, context, iters)
+        flows = self.flows(self.prepare(torch.cat([frame1, frame2])), iters)
         return [self.restore(flow, *frame1.shape[-2:]) for flow in flows]
+
+    def flows(self, images, iters):
+        """Prepared frames, the first of all pairs and then the second -> flows in cells."""
+        features1, features2 = self.feature_encoder(images).chunk(2)
+        context = self.context_encoder(images[:len(features1)])
+        return self.refine(features1, features2, context, iters)
 
     def refine(self, features1, features2, context, iters):
         """Features (B, 128, h, w), context (B, 160, h, w) -> flows (B, 2, h, w) in cells."""
@@ -874,8 +889,8 @@ def train_raft(out="runs/raft", steps=20_000, batch=8, lr=4e-4, weights=None, im
         state = {"kind": "raft training", "step": step, "model": raft.state_dict(),
                  "optimizer": optimizer.state_dict()}
         half = {key: value.half() for key, value in raft.state_dict().items()}
-        write_file(out / "state.pt", lambda temporary: torch.save(state, temporary))
-        write_file(out / "raft.pt", lambda temporary: torch.save(half, temporary))
+        write_tensors(out / "state.pt", state)
+        write_tensors(out / "raft.pt", half)
 
     bar = tqdm(range(start, steps), initial=start, total=steps, desc="raft", smoothing=.05)
     for step in bar:
@@ -883,18 +898,15 @@ def train_raft(out="runs/raft", steps=20_000, batch=8, lr=4e-4, weights=None, im
             group["lr"] = lr * min((step + 1) / (.05 * steps), (steps - step) / (.95 * steps))
         frame1, frame2, truth = (t.to(device) for t in training_pairs(step, batch, photos))
         with autocast(device):
-            images1 = torch.cat([frame1, frame2]) * 2 - 1
-            features1, features2 = raft.feature_encoder(images1).chunk(2)
-            context = raft.context_encoder(images1[:len(frame1)])
-            flows = raft.refine(features1, features2, context, iters)
+            flows = raft.flows(torch.cat([frame1, frame2]) * 2 - 1, iters)
         # sequence loss: all iterations count, later ones more. Of the root of the error, since what
         # is covered or has left the frame can only be guessed, and would outweigh all the rest
         loss = sum(.8 ** (iters - 1 - i) * ((upsample(flow) - truth).square().sum(1) + 1e-4)
                    .pow(.25).mean() for i, flow in enumerate(flows))
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(raft.parameters(), 1)
-        optimizer.step()
+        if nn.utils.clip_grad_norm_(raft.parameters(), 1).isfinite():
+            optimizer.step()
         if (step + 1) % every == 0 or step + 1 == steps:
             scores = validate(raft, out)
             save(step + 1)
@@ -1022,6 +1034,8 @@ def main():
     parser.add_argument("--images", help="a folder of photographs for textures")
     args = parser.parse_args()
     if args.train:
+        if args.batch < 3 or args.steps < 1 or not args.lr > 0:
+            raise ValueError("--batch must be 3 at least, --steps and --lr positive")
         return train_raft(args.out, args.steps, args.batch, args.lr, args.weights, args.images)
     raft = RAFT.load(args.weights or ROOT / "weights/raft.pt")
     raft.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from flow import report_errors
-from train import device_of, grid, read_lines, weights_of, write_video
+from train import device_of, grid, read_lines, say_cut, weights_of, write_video
 from videojam import GUIDANCE, VideoJAM
 
 
@@ -81,11 +81,7 @@ def main():
     base = VideoJAM.load(weights, "base", device) if args.compare else None
     if args.motion and not model.dit.config.motion:
         raise ValueError(f"--motion: the {args.which} model predicts no motion")
-    for prompt in prompts:
-        size, most = len(prompt.encode()), model.config.dit.max_bytes
-        if size > most:
-            cut = prompt.encode()[:most].decode(errors="ignore")
-            print(f"a prompt has {size} bytes, the model takes {most}: cut to {cut!r}")
+    say_cut(prompts, model.config.dit.max_bytes)
     start, prompts = time.time(), [prompt for prompt in prompts for _ in range(args.n)]
     options = dict(steps=args.steps, w1=args.w1, w2=args.w2, seed=args.seed)
     video, motion = model.generate(prompts, mode=args.guidance, progress=args.which, **options)

@@ -23,6 +23,7 @@ import csv
 import dataclasses
 import datetime
 import functools
+import itertools
 import json
 import logging
 import os
@@ -41,7 +42,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from imageio_ffmpeg import read_frames
+from imageio_ffmpeg import count_frames_and_secs, read_frames
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
@@ -50,25 +51,25 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from flow import (HELD_OUT, RAFT, ROOT, autocast, estimate_flow, fast_dtype, flow_to_rgb,
-                  read_file, report_errors, sprite_clips, write_file)
+                  read_file, report_errors, sprite_clips, write_file, write_tensors, write_text)
 from videojam import (PRESETS, TAE, DiT, Preset, VideoJAM, initialize, squared_errors, tae_loss,
                       tokenize, widen)
 
 STAGES = ("tae", "encode", "base", "jam", "control")
 # preset -> stage -> (steps, learning rate, batch over all GPUs). encode's "steps" are clips of the
-# sprite world, or at most of each video, and its batch is a GPU's. The toy's take 20 minutes of one
-# core; the paper's fine-tuning is 50,000 x 32 (4b) and 35,000 x 256 (30b) at 5e-6
+# sprite world, or at most of each video, and its batch is a GPU's. The control has jam's row; the
+# paper's fine-tuning is 50,000 x 32 (4b) and 35,000 x 256 (30b) at 5e-6
 DEFAULTS = {
-    "toy": {"tae": (900, 1e-3, 4), "encode": (4096, 0, 32), "base": (2800, 3e-3, 32),
-            "jam": (600, 1e-3, 32), "control": (600, 1e-3, 32)},
+    "toy": {"tae": (900, 1e-3, 4), "encode": (4096, 0, 32), "base": (2600, 2e-3, 16),
+            "jam": (500, 1e-3, 16)},
     "small": {"tae": (50_000, 3e-4, 8), "encode": (64, 0, 8), "base": (200_000, 2e-4, 64),
-              "jam": (20_000, 5e-5, 64), "control": (20_000, 5e-5, 64)},
+              "jam": (20_000, 5e-5, 64)},
     "4b": {"tae": (300_000, 1e-4, 32), "encode": (4, 0, 1), "base": (500_000, 1e-4, 256),
-           "jam": (50_000, 5e-6, 32), "control": (50_000, 5e-6, 32)},
+           "jam": (50_000, 5e-6, 32)},
     "30b": {"tae": (300_000, 1e-4, 32), "encode": (4, 0, 1), "base": (500_000, 1e-4, 1024),
-            "jam": (35_000, 5e-6, 256), "control": (35_000, 5e-6, 256)},
+            "jam": (35_000, 5e-6, 256)},
 }
-VERSION = 4                             # of a run's folder: raised when old runs cannot go on
+VERSION = 5                             # of a run's folder: raised when old runs cannot go on
 SHARD = 256                             # clips in a file of latents
 CHECKPOINT_SECONDS = 60                 # between two; or 20 times what one takes to write
 T_BINS = 5                              # losses are reported apart for t in [0, .2), [.2, .4), ...
@@ -87,11 +88,7 @@ def ranks():
 
 def say(text):
     if rank() == 0:
-        tqdm.write(text)
-
-
-def write_text(path, text):
-    write_file(path, lambda temporary: temporary.write_text(text))
+        tqdm.write(text.encode(errors="replace").decode())      # (names of files may be any bytes)
 
 
 def wait_for_all():
@@ -125,8 +122,8 @@ def find_videos(folder):
     in folders inside the folder too. Bytes that are not UTF-8 come as lone surrogates."""
     folder = Path(folder)
 
-    def text(name):
-        return open(folder / name, newline="", encoding="utf-8", errors="surrogateescape")
+    def text(name):                                 # ("-sig": editors may begin it with a mark)
+        return open(folder / name, newline="", encoding="utf-8-sig", errors="surrogateescape")
 
     for name in ("metadata.csv", "metadata.jsonl"):
         if (folder / name).is_file():
@@ -170,12 +167,12 @@ def examine(path, caption, preset):
         raise ValueError("its caption is not UTF-8") from None
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError("not a video by its name")
-    if not path.is_file():
+    if not os.path.isfile(path):                    # (Path's raises for a name that is too long)
         raise ValueError("no such file")
     if not path.stat().st_size:
         raise ValueError("an empty file")
     try:
-        seconds = next(read_frames(str(path)))["duration"]
+        seconds = next(read_frames(str(path)))["duration"] or count_frames_and_secs(str(path))[1]
     except Exception:                       # whatever the decoder says of a broken file
         raise ValueError("cannot be decoded") from None
     frames = int(seconds * preset.fps + .1)
@@ -260,7 +257,7 @@ class Folder:
 
         def entry(name, caption):
             file = self.folder / name
-            status = file.stat() if file.is_file() else None
+            status = file.stat() if os.path.isfile(file) else None
             stamp = [status.st_size, status.st_mtime_ns] if status else None
             known = before.get(name, {})
             if stamp and known.get("stamp") == stamp and known.get("caption") == caption:
@@ -293,7 +290,7 @@ class Folder:
         keys = []
         for name, video in self.videos.items():
             room = video["frames"] - self.preset.frames + 1
-            starts = np.random.default_rng(zlib.crc32(name.encode())).permutation(room)[:n]
+            starts = np.random.default_rng(zlib.crc32(os.fsencode(name))).permutation(room)[:n]
             keys += [(name, int(start), video["stamp"][0]) for start in starts]
         return keys
 
@@ -370,7 +367,7 @@ class Latents:
         self.shards = sorted(path.stem for path in folder.glob("[0-9]*.json"))
         contents = [json.loads((folder / f"{name}.json").read_text()) for name in self.shards]
         captions = [content["captions"] for content in contents]
-        self.captions = sum(captions, [])
+        self.captions = list(itertools.chain(*captions))
         self.skipped = {name: reason for content in contents
                         for name, reason in content["skipped"].items()}
         self.ends = np.cumsum([len(part) for part in captions])
@@ -384,7 +381,7 @@ class Latents:
             clips = []
             for i in indices:
                 shard = int(np.searchsorted(self.ends, i, "right"))
-                clips.append(self.open(shard, kind)[i - self.ends[shard]])  # (from the end)
+                clips.append(self.open(shard, kind)[i - self.ends[shard]])  # (from its end)
             return torch.from_numpy(np.stack(clips)).float()
         y = tokenize([self.captions[i] for i in indices], max_bytes)
         return gather("x"), gather("d"), y
@@ -452,6 +449,14 @@ def read_lines(path):
     return prompts
 
 
+def say_cut(prompts, most):
+    """Tells which prompts are longer than a model takes: they are cut at a character's end."""
+    for prompt in dict.fromkeys(prompts):
+        if len(data := prompt.encode()) > most:
+            print(f"a prompt has {len(data)} bytes, the model takes {most}: cut to "
+                  f"{data[:most].decode(errors='ignore')!r}")
+
+
 def write_video(path, video, fps, scale=None):
     """(T, 3, H, W) in [0, 1] -> .mp4 or .gif, enlarged to about 256 px so that a person can see."""
     scale = scale or max(1, round(256 / video.shape[-2]))
@@ -476,7 +481,8 @@ class Run:
         self.args, self.preset = args, PRESETS[args.preset]
         self.out, self.device = Path(args.out), args.device
         settings = {"version": VERSION, "preset": args.preset, "data": args.data,
-                    "flow": args.flow, "rich": args.rich, "seed": args.seed}
+                    "flow": args.flow, "rich": args.rich, "seed": args.seed,
+                    "sizes": json.loads(json.dumps(dataclasses.asdict(self.preset)))}
         path = self.out / "settings.json"
         if path.is_file():
             before = json.loads(path.read_text())
@@ -491,20 +497,22 @@ class Run:
         self.bundle = read_file(args.init, "videojam") if args.init else None
         if self.bundle and Preset.from_dict(self.bundle["config"]) != self.preset:
             raise ValueError(f"--init {args.init}: of another size than the preset {args.preset}")
+        if self.bundle and (self.out / "tae.pt").exists():
+            mine, other = read_file(self.out / "tae.pt", "tae")["state"], self.bundle["tae"]
+            if not all(torch.equal(mine[k].half(), other[k].half()) for k in other):
+                raise ValueError(f"--init {args.init}: its TAE is not that of {self.out}, take "
+                                 f"another --out")
         for stage in [args.stage] if args.stage else ("base", "jam", "control"):
             dits = set(self.bundle["dits"]) if self.bundle else {"base"}
             if stage in ("base", "jam", "control") and not dits & {stage, "base"}:
                 raise ValueError(f"--init {args.init}: has no base model to start {stage} from, "
                                  f"only {', '.join(dits)}")
-        try:
-            for folder in ("previews", "latents", "checkpoints"):
-                (self.out / folder).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"cannot write into {self.out}: {error.strerror}") from None
+        for folder in ("previews", "latents", "checkpoints"):
+            (self.out / folder).mkdir(parents=True, exist_ok=True)
         wait_for_all()
         if rank() == 0:
-            for half_written in (*self.out.glob(".*"), *self.out.glob("latents/.*")):
-                half_written.unlink()               # by a run that was killed
+            for half_written in self.out.rglob(".*.part*"):     # by a run that was killed
+                half_written.unlink(missing_ok=True)
             write_text(path, json.dumps(settings, indent=1))
             if self.bundle and not (self.out / "tae.pt").exists():
                 self.write_tae(self.bundle["tae"], f"--init {args.init}")
@@ -521,19 +529,13 @@ class Run:
     def setting(self, stage):
         """(steps, learning rate, batch) of a stage: the flags, or the preset's defaults."""
         flags = self.args.steps, self.args.lr, self.args.batch
-        pairs = zip(flags, DEFAULTS[self.args.preset][stage])
-        return tuple(default if flag is None else flag for flag, default in pairs)
-
-    def held_out(self, n):
-        """Clips to look at: video and RGB flow (n, T, 3, H, W), captions."""
-        video, captions, extra, _ = self.world.held_out(n)
-        return video, self.world.motion(video.to(self.device), extra).cpu(), captions
+        defaults = DEFAULTS[self.args.preset]["jam" if stage == "control" else stage]
+        return tuple(default if flag is None else flag for flag, default in zip(flags, defaults))
 
     # the TAE: one file, made by its stage or by --init
 
     def write_tae(self, state, origin):
-        content = {"kind": "tae", "origin": origin, "state": state}
-        write_file(self.out / "tae.pt", lambda temporary: torch.save(content, temporary))
+        write_tensors(self.out / "tae.pt", {"kind": "tae", "origin": origin, "state": state})
 
     def tae(self):
         """The run's TAE, eval mode, no gradients."""
@@ -615,11 +617,17 @@ class Run:
     def export(self):
         """model.pt: the TAE and every DiT that is trained by now."""
         if rank() == 0:
-            dits = {}
-            for stage in ("jam", "base", "control"):
-                path, status = self.last(stage)
-                if path and status["step"] == status["of"]:
-                    dits[stage] = self.whole_dit(path, stage, torch.float16)
+            done = {stage: last for stage in ("jam", "base", "control")
+                    if (last := self.last(stage))[0] and last[1]["step"] == last[1]["of"]}
+            alike = "step", "lr", "batch", "uniform_t", "t_shift", "origin"
+            if {"jam", "control"} <= done.keys():
+                jam, control = ({key: done[which][1].get(key) for key in alike}
+                                for which in ("jam", "control"))
+                if jam != control:                  # nothing could be concluded from it
+                    say(f"control is left out of model.pt: it has {control}, jam {jam}")
+                    del done["control"]
+            dits = {stage: self.whole_dit(path, stage, torch.float16)
+                    for stage, (path, _) in done.items()}
             if dits:
                 which = next(iter(dits))
                 bundle = VideoJAM(self.preset, self.tae(), dits.pop(which), which)
@@ -730,7 +738,8 @@ def optimize(run, stage, model, load, loss_of, preview, stream=None, origin=None
     say(f"{stage}: {steps} steps, lr {lr:g}, batch {batch} = {ranks()} processes x "
         f"{args.accumulate} x {batch // ranks() // args.accumulate}, "
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {run.device}, "
-        f"{str(args.precision)[6:]}, {'compiled' if args.compile else 'not compiled'}")
+        f"{str(args.precision)[6:]}, {'compiled' if args.compile else 'not compiled'}, "
+        f"t {'uniform' if args.uniform_t else 'logit-normal'}, shifted by {args.t_shift:g}")
     weights = dict(model.train().named_parameters())
     average = {name: weight.detach().clone() for name, weight in weights.items()}
     optimizer = torch.optim.AdamW(weights.values(), lr, (.9, .99), weight_decay=0, fused=True)
@@ -741,7 +750,7 @@ def optimize(run, stage, model, load, loss_of, preview, stream=None, origin=None
     state = {"model": weights, "ema": average,
              "optimizer": {name: optimizer.state[weight] for name, weight in weights.items()}}
     settings = {"lr": lr, "batch": batch, "origin": origin, "uniform_t": args.uniform_t,
-                "t_shift": args.t_shift}
+                "t_shift": args.t_shift, "motion_dropout": args.motion_dropout}
     step, (path, status) = 0, run.last(stage)
     if path:
         changed = "; ".join(f"{k} {status.get(k)}, not {v}" for k, v in settings.items()
@@ -760,7 +769,7 @@ def optimize(run, stage, model, load, loss_of, preview, stream=None, origin=None
     local = batch // ranks()
     places = range(rank() * local, (rank() + 1) * local)
     ahead = Ahead(lambda step: load(step, places), range(step, steps), args.workers)
-    begun, saved, recent, bad = time.time(), time.time(), [], []
+    begun, saved, recent, bad, skipped = time.time(), time.time(), [], [], 0
     every = max(1, min(50, steps // 10))
     bar = tqdm(total=steps, initial=step, desc=stage, smoothing=.05, disable=rank() > 0)
     stopped = []                                    # Ctrl-C waits for the end of the step
@@ -789,6 +798,7 @@ def optimize(run, stage, model, load, loss_of, preview, stream=None, origin=None
                 bad = []
             else:                                   # the same on all ranks: the norm is of all
                 bad.append((step + 1, recent[-1].get("t")))
+                skipped += 1
                 say(f"{stage}: step {step + 1} is not finite and is skipped")
                 recent = recent[:-args.accumulate]
             optimizer.zero_grad()
@@ -810,7 +820,8 @@ def optimize(run, stage, model, load, loss_of, preview, stream=None, origin=None
                 row = summary(sum(gathered, []))
                 run.log(stage=stage, step=step, lr=group["lr"], **row)
                 bar.set_postfix({k: v for k, v in row.items() if not isinstance(v, list)}
-                                | {"waits": f"{ahead.waited / (time.time() - begun):.0%}"})
+                                | {"waits": f"{ahead.waited / (time.time() - begun):.0%}"}
+                                | ({"skipped": skipped} if skipped else {}))
                 recent = []
             if show or stop or late and not recent:     # so that every step is in one row
                 start = time.time()
@@ -826,7 +837,8 @@ def optimize(run, stage, model, load, loss_of, preview, stream=None, origin=None
         bar.close()
     seconds = time.time() - begun
     say(f"{stage}: {(steps - first) * batch / seconds:.1f} clips a second; waited for data "
-        f"{ahead.waited / seconds:.1%} of the time")
+        f"{ahead.waited / seconds:.1%} of the time"
+        + f"; {skipped} steps were not finite and skipped" * bool(skipped))
 
 
 # ---------------------------------------------------------------- the stages
@@ -834,7 +846,7 @@ def optimize(run, stage, model, load, loss_of, preview, stream=None, origin=None
 def train_tae(run):
     """The auto-encoder of videos and their RGB flow alike; then its latents' bases."""
     torch.manual_seed(run.args.seed)
-    tae, (steps, _, batch) = TAE(run.preset.tae), run.setting("tae")
+    tae, (_, _, batch) = TAE(run.preset.tae), run.setting("tae")
     if run.bundle:
         return say(f"tae: that of {run.args.init}")
     if run.last("tae")[1] is None and (run.out / "tae.pt").exists():
@@ -853,10 +865,12 @@ def train_tae(run):
 
     def preview(path, step):
         whole = run.average(path, TAE(run.preset.tae)).to(run.device).requires_grad_(False)
-        video, motion, _ = run.held_out(8)
+        video, _, extra, _ = world.held_out(8)
+        motion = world.motion(video.to(run.device), extra).cpu()
         with autocast(run.device, run.args.precision):
-            pairs = [(clips, whole.decode(whole.encode(clips.to(run.device))).cpu()
-                      [:, :clips.shape[1]]) for clips in (video, motion)]
+            pairs = [(clips, torch.cat([whole.decode(whole.encode(
+                clip[None].to(run.device)), frames=len(clip)).cpu() for clip in clips]))
+                for clips in (video, motion)]
         psnr = [-10 * (a - b).square().mean((1, 2, 3, 4)).log10().mean().item() for a, b in pairs]
         run.log(stage="tae", step=step, psnr_video=round(psnr[0], 2), psnr_motion=round(psnr[1], 2))
         say(f"tae: step {step}, held-out PSNR {psnr[0]:.1f} dB, RGB flow {psnr[1]:.1f} dB")
@@ -869,13 +883,17 @@ def train_tae(run):
     if rank() == 0 and not ((run.out / "tae.pt").exists()
                             and read_file(run.out / "tae.pt", "tae")["origin"] == origin):
         whole = run.average(path, TAE(run.preset.tae)).to(run.device)
-        clips = [world.training(range(start, start + batch)) for start in range(0, 256, batch)]
-        kinds = [video for video, *_ in clips], [world.motion(video.to(run.device), extra)
-                                                 for video, _, extra, _ in clips]
+        few = min(batch, run.setting("encode")[2])      # clips that fit into a GPU's memory
+
+        def clips(motion):
+            for start in range(0, 256, few):
+                video, _, extra, _ = world.training(range(start, start + few))
+                video = video.to(run.device)
+                yield world.motion(video, extra).to(run.device) if motion else video
+
         with autocast(run.device, run.args.precision):
-            for kind, videos in enumerate(kinds):
-                whole.fit_basis([video.to(run.device) for video in videos], bool(kind),
-                                generator(run.args.seed, "basis", kind))
+            for motion in (False, True):
+                whole.fit_basis(clips(motion), motion, generator(run.args.seed, "basis", motion))
         run.write_tae(whole.state_dict(), origin)
     wait_for_all()
 
@@ -1014,7 +1032,8 @@ def train_dit(run, stage):
         x1, d1, y = (part[rows.start:rows.stop].to(run.device) for part in data)
         z1 = torch.cat([x1, d1], 1) if motion else x1
         t, errors = squared_errors(model, z1, y, C, uniform=run.args.uniform_t,
-                                   shift=run.args.t_shift, generator=draws)
+                                   shift=run.args.t_shift, generator=draws,
+                                   motion_dropout=run.args.motion_dropout)
         report = {"t": t, "loss_x": errors[:, :C].mean(1)}
         if motion:
             report["loss_d"] = errors[:, C:].mean(1)
@@ -1134,6 +1153,8 @@ def parse():
                         "logit-normal; default: uniform for the toy")
     parser.add_argument("--t-shift", type=float, help="above 1: more t near noise (default: 3 for "
                         "the toy, else 1)")
+    parser.add_argument("--motion-dropout", type=float, default=.2, help="jam: share of samples "
+                        "without motion (default %(default)s, the paper's)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=4, help="threads that read data ahead")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -1154,9 +1175,12 @@ def parse():
     for name in ("steps", "lr", "batch", "accumulate", "workers", "replicas", "world", "tflops",
                  "t_shift"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
-            raise ValueError(f"--{name} must be positive, got {getattr(args, name)}")
-    if not 0 <= args.rich <= 1:
-        raise ValueError(f"--rich must be from 0 to 1, got {args.rich}")
+            raise ValueError(f"--{name.replace('_', '-')} must be positive, got "
+                             f"{getattr(args, name)}")
+    for name in ("rich", "motion_dropout"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be from 0 to 1, got "
+                             f"{getattr(args, name)}")
     if args.data:
         args.data = str(Path(args.data).resolve())
     if args.data and args.flow == "exact":

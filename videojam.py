@@ -9,6 +9,7 @@ One legend, everywhere: t = 0 is noise, t = 1 is data. x is appearance, d motion
 predicted velocity. Video (B, T, 3, H, W) in [0, 1], latent (B, C, T', H', W'). The method (losses,
 guidance, sampler) knows a model only as `model(x, t, y)`, so it works on other transformers too.
 """
+import copy
 import dataclasses
 import functools
 import math
@@ -20,7 +21,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from flow import ROOT, autocast, read_file, write_file
+from flow import ROOT, autocast, read_file, write_tensors
 
 # ---------------------------------------------------------------- App. C: TAE (Movie Gen's)
 
@@ -457,8 +458,8 @@ def velocity(x1, x0):
 
 
 def sample_t(n, uniform=False, shift=1., generator=None):
-    """n times in (0, 1): logit-normal(0, 1) as in Movie Gen, or uniform; of which a shift above 1
-    moves more towards noise (as Stable Diffusion 3 does for large images), where motion is made."""
+    """n times in (0, 1): logit-normal(0, 1) as in Movie Gen, or uniform. A shift above 1 moves them
+    towards 0, noise, where motion is decided (Stable Diffusion 3 does so for large images)."""
     t = draw(torch.rand, (n,), generator) if uniform else \
         draw(torch.randn, (n,), generator).sigmoid()
     return t / (t + shift * (1 - t))
@@ -501,9 +502,11 @@ def flow_matching_loss(model, x1, y, null=None, **options):
 
 
 # ---------------------------------------------------------------- Sec. 4.2: joint representation
+# The paper multiplies from the right, x W_in: what are rows of W_in there are columns of
+# nn.Linear's weight here (axis 1), and columns of W_out are its rows (axis 0).
 
 def widen(weight, axis, C, channel_last):
-    """Zeros for C more channels after every patch offset's C (channel_last), or after all."""
+    """Appends C zero channels: after each patch offset's C (channel_last), else once after all."""
     groups = weight.shape[axis] // C if channel_last else 1
     parts = weight.unflatten(axis, (groups, -1))                    # (..., groups, C or all, ...)
     return torch.cat([parts, torch.zeros_like(parts)], axis + 1).flatten(axis, axis + 1)
@@ -511,13 +514,9 @@ def widen(weight, axis, C, channel_last):
 
 def rebuilt(layer, weight, bias, **sizes):
     """A layer of the same kind and options with other weights and the attributes of their size."""
-    new = type(layer).__new__(type(layer))
-    nn.Module.__init__(new)
-    new.__dict__.update({k: v for k, v in layer.__dict__.items() if not k.startswith("_")}, **sizes)
-    if isinstance(layer, _ConvNd):                                  # (its padding is kept there)
-        new._reversed_padding_repeated_twice = layer._reversed_padding_repeated_twice
-    new.weight = nn.Parameter(weight)
-    new.bias = None if bias is None else nn.Parameter(bias)
+    new = copy.copy(layer)
+    new.__dict__.update(sizes, _parameters={"weight": nn.Parameter(weight),
+                                            "bias": None if bias is None else nn.Parameter(bias)})
     return new
 
 
@@ -645,8 +644,8 @@ class Preset:
 
 
 PRESETS = {
-    # what two CPU cores train: pixels folded 4 x 4, so that no convolution sees them all; a token a
-    # latent position, since [x, d] of 2 x 2 of them (128 numbers, noise and all) crowd a width of 192
+    # what two CPU cores train: pixels folded 4 x 4, so that no convolution sees them all; one token
+    # a latent position, since [x, d] of 2 x 2 of them, 128 numbers, are too many for a width of 192
     "toy": Preset(16, 64, 8, TAEConfig(16, 4, (48, 96, 96), ((2, 2), (2, 1)), 1),
                   DiTConfig(16, 1, 192, 6, 3, 384, 96, 2, 192)),
     # one GPU, own videos: 149 M parameters
@@ -673,7 +672,7 @@ class VideoJAM:
         config["dit"]["motion"] = False                 # a matter of each DiT, not of the preset
         content = {"kind": "videojam", "config": config, "tae": half(self.tae),
                    "dits": {name: half(dit) for name, dit in dits.items()}}
-        write_file(path, lambda temporary: torch.save(content, temporary))
+        write_tensors(path, content)
 
     @classmethod
     def load(cls, path=ROOT / "weights/toy.pt", which="jam", device="cpu"):
@@ -716,7 +715,9 @@ class VideoJAM:
             with autocast(device):
                 x, d = euler_sample(self.dit, x, d if motion else None, y, times, w1, w2, mode,
                                     motion_steps=motion_steps, progress=progress)
-                videos.append((self.tae.decode(x, frames=self.config.frames),
-                               self.tae.decode(d, True, self.config.frames) if motion else None))
+                for i in range(len(x)):             # one by one: pixels take far more memory
+                    video = self.tae.decode(x[i:i + 1], frames=self.config.frames)
+                    rgb = self.tae.decode(d[i:i + 1], True, self.config.frames) if motion else None
+                    videos.append((video, rgb))
         video, rgb = zip(*videos)
         return torch.cat(video), torch.cat(rgb) if motion else None

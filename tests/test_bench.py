@@ -50,6 +50,15 @@ def test_sprites_that_are_missing_in_one_frame_or_of_another_colour_lose(real):
         assert not row["there"] and not row["named"], row
 
 
+def test_several_samples_of_a_prompt_count_as_their_mean(real):
+    video, scenes = real[0][:3], real[1][:3]
+    spoiled = video.clone()
+    spoiled[1, 7] = spoiled[1, 7, :, :1, :1]            # there in one sample of two
+    once, twice = judge(video, scenes), judge(torch.cat([video, spoiled]), scenes)
+    assert [row["there"] for row in twice] == [1, .5, 1] and len(once) == len(twice) == 3
+    assert twice[0] == once[0] and twice[1]["error"] == once[1]["error"]
+
+
 def test_twice_the_speed_loses(real):
     for s in (scene["sprites"][0] for scene in real[1]):
         # .2 more, as amounts may be 30% off; a ball falls as far as it did, in half the time

@@ -409,6 +409,7 @@ def test_interrupted_raft_training_ends_as_the_uninterrupted_to_the_bit(tmp_path
 
 
 @pytest.mark.parametrize("error, raised", [(OSError("disk full"), ValueError),
+                                           (RuntimeError("PytorchStreamWriter failed"), ValueError),
                                            (KeyboardInterrupt(), KeyboardInterrupt)])
 def test_write_file_leaves_the_old_file_or_the_new_one_and_nothing_else(tmp_path, error, raised):
     def breaks(path):

@@ -223,7 +223,7 @@ def breaks_at(monkeypatch, owner, name, call, how):
                          ids=["ctrl-c", "killed before a checkpoint", "killed after one"])
 @pytest.mark.parametrize("stage, owner, name, call", [
     ("tae", train, "tae_loss", 3), ("tae", torch, "_foreach_lerp_", 3),
-    ("tae", TAE, "posterior", 17),      # amid the final statistics, which begin with the 11th call
+    ("tae", TAE, "posterior", 75),      # amid the final statistics, which begin with the 69th call
     ("jam", train, "squared_errors", 2), ("jam", torch, "_foreach_lerp_", 2),
     ("jam", train, "write_video", 2),
     ("jam", torch.nn.utils, "clip_grad_norm_", 3)])
@@ -479,6 +479,25 @@ def test_init_takes_the_tae_and_each_stage_its_own_dit(finished, tmp_path, run, 
         train.main, *flags(tmp_path / "other", "--init", str(tmp_path / "other.pt")))
 
 
+def test_init_beside_a_tae_of_another_is_refused(finished, tmp_path, refuses):
+    """Its DiT would be trained on latents that it does not know."""
+    out, bundle = begun(finished, tmp_path / "run", "jam"), torch.load(finished / "model.pt")
+    bundle["tae"]["mean"] = bundle["tae"]["mean"] + 1
+    torch.save(bundle, tmp_path / "other.pt")
+    before = content(out)
+    assert "its TAE is not that of" in refuses(
+        train.main, *flags(out, "--stage", "jam", "--init", str(tmp_path / "other.pt")))
+    assert content(out) == before
+
+
+def test_a_control_that_is_unlike_jam_is_left_out_of_the_bundle(finished, tmp_path, run, quick):
+    out = shutil.copytree(finished, tmp_path / "run")
+    for stage, dits in (("jam", {"jam", "base"}), ("control", {"jam", "base", "control"})):
+        _, printed, _ = run(train.main, *flags(out, "--stage", stage, "--steps", "5"))
+        assert ("control is left out" in printed) == (stage == "jam")
+        assert set(torch.load(out / "model.pt")["dits"]) == dits
+
+
 def test_a_dry_run_knows_the_paper_s_models(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, printed, _ = run(train.main, "--preset", "4b", "--world", "8", "--dry-run")
@@ -535,7 +554,7 @@ def test_stages_say_what_they_lack(tmp_path, refuses):
         complaint = refuses(train.main, *flags(tmp_path / stage, "--stage", stage))
         assert f"has no {lacking} yet, run --stage" in complaint
     (tmp_path / "file").write_text("")
-    assert "cannot write into" in refuses(train.main, *flags(tmp_path / "file/run"))
+    assert "file/run/previews: Not a directory" in refuses(train.main, *flags(tmp_path / "file/run"))
 
 
 def test_damaged_files_and_latents_of_another_tae_are_refused(finished, tmp_path, refuses):
@@ -656,6 +675,18 @@ def test_three_layouts_give_the_same_clips(folder, tmp_path, layout, capfd):
         torch.testing.assert_close(clip.mean((1, 2, 3)) * 255, 8 * frames, atol=3, rtol=0)
         torch.testing.assert_close(rgb_to_flow(flow)[:, 0].mean((1, 2)), .2 * torch.arange(5.),
                                    atol=.05, rtol=0)
+
+
+def test_files_of_other_editors_and_names_of_any_bytes(folder, tmp_path, capfd):
+    """A byte-order mark, a name that is not UTF-8, and one longer than a file's can be."""
+    name = os.fsdecode(b"\xe9.mp4")
+    (folder / "a.mp4").rename(folder / name)
+    (folder / "metadata.csv").write_bytes(b"\xef\xbb\xbffile_name,text\n\xe9.mp4,one\n"
+                                          + b"long" * 100 + b".mp4,two\n")
+    world = opened(folder, tmp_path / "run")
+    assert [key[0] for key in world.keys(1)] == [name]
+    printed = "".join(capfd.readouterr())
+    assert "skipped 1: no such file" in printed and "not in metadata.csv: inside/b.mp4" in printed
 
 
 def test_every_video_of_a_bad_folder_is_used_or_skipped_with_its_reason(folder, tmp_path, capfd):
