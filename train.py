@@ -60,8 +60,8 @@ STAGES = ("tae", "encode", "base", "jam", "control")
 # sprite world, or at most of each video, and its batch is a GPU's. The control has jam's row; the
 # paper's fine-tuning is 50,000 x 32 (4b) and 35,000 x 256 (30b) at 5e-6
 DEFAULTS = {
-    "toy": {"tae": (900, 1e-3, 4), "encode": (4096, 0, 32), "base": (2600, 2e-3, 16),
-            "jam": (500, 1e-3, 16)},
+    "toy": {"tae": (900, 1e-3, 4), "encode": (4096, 0, 32), "base": (4000, 3e-3, 32),
+            "jam": (600, 1e-3, 32)},
     "small": {"tae": (50_000, 3e-4, 8), "encode": (64, 0, 8), "base": (200_000, 2e-4, 64),
               "jam": (20_000, 5e-5, 64)},
     "4b": {"tae": (300_000, 1e-4, 32), "encode": (4, 0, 1), "base": (500_000, 1e-4, 256),
@@ -628,6 +628,9 @@ class Run:
                     del done["control"]
             dits = {stage: self.whole_dit(path, stage, torch.float16)
                     for stage, (path, _) in done.items()}
+            if "base" not in dits and self.bundle and "base" in self.bundle["dits"]:
+                dits["base"] = self.new_dit()       # what they began from stands beside them
+                dits["base"].load_state_dict(self.bundle["dits"]["base"])
             if dits:
                 which = next(iter(dits))
                 bundle = VideoJAM(self.preset, self.tae(), dits.pop(which), which)
@@ -993,7 +996,7 @@ def train_dit(run, stage):
     if run.bundle:
         dits = run.bundle["dits"]
         which = stage if stage in dits else "base"
-        origin = f"{which} of --init {run.args.init}"
+        origin = f"{'its own' if which == stage else which} of --init {run.args.init}"
         source = dits[which]
 
         def read(tensors):

@@ -468,7 +468,7 @@ def test_init_takes_the_tae_and_each_stage_its_own_dit(finished, tmp_path, run, 
     code, printed, err = run(train.main, *flags(out, *init))
     assert code == 0 and "tae: that of" in printed, err
     assert equal(torch.load(out / "tae.pt")["state"], bundle["tae"])
-    assert not checkpoints(out, "tae") and checkpoint(out, "jam")["origin"].startswith("jam of")
+    assert not checkpoints(out, "tae") and checkpoint(out, "jam")["origin"].startswith("its own of")
     assert "begun with origin" in refuses(train.main, *flags(out, "--stage", "jam"))
     torch.save({**bundle, "dits": {"jam": bundle["dits"]["jam"]}}, tmp_path / "jam.pt")
     assert "no base model to start base from, only jam" in refuses(
