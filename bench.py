@@ -305,8 +305,8 @@ def judge(video, scenes):
 def mean_row(rows):
     """The mean of each number in rows of the same prompt, over those that have one."""
     merged = {key: [row[key] for row in rows if row[key] is not None] for key in rows[0]}
-    return {key: None if not values else values[0] if key in ("kind", "held_out")
-            else float(np.mean(values))
+    return {key: None if not values else
+            values[0] if key in ("kind", "held_out") else float(np.mean(values))
             for key, values in merged.items()}
 
 
