@@ -258,12 +258,25 @@ def frame_statistics(video):
 
 
 def frechet(a, b):
-    """Frechet distance of two sets of features (n, k), in units of b's standard deviations."""
+    """Frechet distance of two sets of features (n, k), in units of b's standard deviations. Sets
+    that are small, or drawn with repetition, are further apart by chance."""
     scale = b.std(0).clamp(min=1e-6)
     a, b = a / scale, b / scale
     (mean_a, cov_a), (mean_b, cov_b) = ((x.mean(0), x.T.cov()) for x in (a, b))
     cross = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()
     return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
+
+
+def distance_cell(video, others):
+    """A table's cell: the Frechet distance of frame statistics, with its interval over clips."""
+    theirs = frame_statistics(others)
+    mine = frame_statistics(video).view(len(video), -1, theirs.shape[1])
+
+    def distance(clips, axis=0):
+        return np.apply_along_axis(lambda i: frechet(mine[i.astype(int)].flatten(0, 1), theirs),
+                                   axis, clips)
+
+    return cell(range(len(video)), statistic=distance)
 
 
 # ---------------------------------------------------------------- the sprite world's own metrics
@@ -340,10 +353,13 @@ class World:
                 progress=f"{which} {options or ''}", **{**defaults, **options})
         return self.done[key]
 
+    def rgb(self, flow):
+        return flow_to_rgb(flow, self.config.sigma)
+
     @torch.no_grad()
     def latents(self, video, flow):
         """Latents x1, d1 of clips and of their flow, and noise x0, d0 for them."""
-        x1, d1 = self.tae.encode(video), self.tae.encode(flow_to_rgb(flow), True)
+        x1, d1 = self.tae.encode(video), self.tae.encode(self.rgb(flow), True)
         generator = torch.Generator().manual_seed(HELD_OUT)
         return x1, d1, *(torch.randn(x1.shape, generator=generator) for _ in range(2))
 
@@ -355,7 +371,7 @@ class World:
 
     @property
     def ceilings(self):
-        return {"real clips": (self.video, flow_to_rgb(self.flow)),
+        return {"real clips": (self.video, self.rgb(self.flow)),
                 "through the TAE": (self.coded(self.video), None)}
 
 
@@ -435,7 +451,7 @@ def motivation(world):
 
 def compare(world):
     """Tables 1, 2, 4: base, control (plain fine-tuning for the same steps) and VideoJAM."""
-    config, args, rgb = world.config, world.args, flow_to_rgb(world.flow)
+    config, args, rgb = world.config, world.args, world.rgb(world.flow)
 
     def psnr(a, b):
         return (-10 * (a - b).square().mean((1, 2, 3, 4)).log10()).tolist()
@@ -456,14 +472,14 @@ def compare(world):
             seen = estimate_flow(world.raft, clip[None])[0]
             metrics.append(vbench(clip, config.fps, world.raft, seen if config.fps == 8 else None))
             if motion is not None:
-                told = rgb_to_flow(motion[i])
+                told = rgb_to_flow(motion[i], config.sigma)
                 moving = (told.norm(dim=1) > .3) | (seen.norm(dim=1) > .3)
                 apart.append((told - seen).norm(dim=1)[moving].mean().item()
                              if moving.any() else None)
         table.append([name, cell([m["dynamic"] for m in metrics], 100),
                       cell([m["flicker"] for m in metrics], 100),
                       cell([m["smooth"] for m in metrics], 100), cell(apart),
-                      f"{frechet(frame_statistics(video), frame_statistics(others)):.2f}"])
+                      distance_cell(video, others)])
     header = [f"the first {some} prompts", "dynamic degree %", "temporal flickering %",
               "motion smoothness %", "motion predicted against seen by RAFT, px",
               f"frame distance to {args.n} other real clips (all prompts)"]

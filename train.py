@@ -69,7 +69,7 @@ DEFAULTS = {
     "30b": {"tae": (300_000, 1e-4, 32), "encode": (4, 0, 1), "base": (500_000, 1e-4, 1024),
             "jam": (35_000, 5e-6, 256)},
 }
-VERSION = 5                             # of a run's folder: raised when old runs cannot go on
+VERSION = 6                             # of a run's folder: raised when old runs cannot go on
 SHARD = 256                             # clips in a file of latents
 CHECKPOINT_SECONDS = 60                 # between two; or 20 times what one takes to write
 T_BINS = 5                              # losses are reported apart for t in [0, .2), [.2, .4), ...
@@ -221,7 +221,8 @@ class Sprites:
 
     def motion(self, video, flow):
         """RGB flow (n, T, 3, H, W) in [0, 1] of what `read` gave."""
-        return flow_to_rgb(flow if self.raft is None else estimate_flow(self.raft, video))
+        flow = flow if self.raft is None else estimate_flow(self.raft, video)
+        return flow_to_rgb(flow, self.preset.sigma)
 
     training = read                         # clips 0, 1, 2, ... of the training
 
@@ -322,11 +323,12 @@ class Folder:
     def motion(self, video, keys=None):
         """RGB flow of what `read` gave; that of `training`, which has keys, is kept."""
         if keys is None:
-            return flow_to_rgb(estimate_flow(self.raft, video))
+            return flow_to_rgb(estimate_flow(self.raft, video), self.preset.sigma)
         clips = []
         for key, clip in zip(keys, video):
             if key not in self.recent:
-                rgb = flow_to_rgb(estimate_flow(self.raft, clip[None])[0])
+                flow = estimate_flow(self.raft, clip[None])[0]
+                rgb = flow_to_rgb(flow, self.preset.sigma)
                 self.recent[key] = (rgb * 255).round().byte().cpu()
             clips.append(self.recent[key])
         while len(self.recent) > self.room:
@@ -478,11 +480,13 @@ def grid(*videos):
 class Run:
     """A run's folder and what all of its stages share."""
     def __init__(self, args):
-        self.args, self.preset = args, PRESETS[args.preset]
+        self.args = args
+        self.preset = dataclasses.replace(PRESETS[args.preset], sigma=args.sigma)
         self.out, self.device = Path(args.out), args.device
         settings = {"version": VERSION, "preset": args.preset, "data": args.data,
                     "flow": args.flow, "rich": args.rich, "seed": args.seed,
-                    "sizes": json.loads(json.dumps(dataclasses.asdict(self.preset)))}
+                    "sigma": args.sigma,
+                    "sizes": json.loads(json.dumps(dataclasses.asdict(PRESETS[args.preset])))}
         path = self.out / "settings.json"
         if path.is_file():
             before = json.loads(path.read_text())
@@ -495,7 +499,8 @@ class Run:
         if args.data:
             find_videos(args.data)              # says what is wrong before anything is written
         self.bundle = read_file(args.init, "videojam") if args.init else None
-        if self.bundle and Preset.from_dict(self.bundle["config"]) != self.preset:
+        theirs = self.bundle and Preset.from_dict(self.bundle["config"])
+        if self.bundle and dataclasses.replace(theirs, sigma=args.sigma) != self.preset:
             raise ValueError(f"--init {args.init}: of another size than the preset {args.preset}")
         if self.bundle and (self.out / "tae.pt").exists():
             mine, other = read_file(self.out / "tae.pt", "tae")["state"], self.bundle["tae"]
@@ -1158,6 +1163,8 @@ def parse():
                         "the toy, else 1)")
     parser.add_argument("--motion-dropout", type=float, default=.2, help="jam: share of samples "
                         "without motion (default %(default)s, the paper's)")
+    parser.add_argument("--sigma", type=float, default=.15, help="of Eq. 5: motion of this share of "
+                        "the diagonal has full colour (default %(default)s, the paper's)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=4, help="threads that read data ahead")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -1176,7 +1183,7 @@ def parse():
     if args.preset not in PRESETS:
         raise ValueError(f"unknown preset {args.preset!r}: one of {', '.join(PRESETS)}")
     for name in ("steps", "lr", "batch", "accumulate", "workers", "replicas", "world", "tflops",
-                 "t_shift"):
+                 "t_shift", "sigma"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} must be positive, got "
                              f"{getattr(args, name)}")

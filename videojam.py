@@ -629,6 +629,7 @@ class Preset:
     fps: int
     tae: TAEConfig
     dit: DiTConfig
+    sigma: float = .15                  # of Eq. 5
 
     @staticmethod
     def from_dict(config):

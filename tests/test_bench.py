@@ -1,5 +1,6 @@
 """pytest tests/test_bench.py"""
 import json
+import re
 
 import numpy as np
 import pytest
@@ -117,6 +118,19 @@ def test_frechet_distance_of_gaussians():
     assert bench.frechet(a, a) == pytest.approx(0, abs=1e-6)
     # means 1 apart in one of three features, deviations doubled: 1 + 3 (2 - 1)^2
     assert bench.frechet(2 * a + torch.tensor([1., 0, 0]), a) == pytest.approx(4, abs=.1)
+
+
+def test_frame_distance_has_an_interval_over_clips_that_narrows_with_their_number():
+    clips = torch.rand(96, 4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    clips *= torch.linspace(.5, 1, 96).view(-1, 1, 1, 1, 1)     # clips differ, frames of one less
+    widths = []
+    for n in (24, 96):
+        video = clips[::96 // n]
+        value, low, high = map(float, re.findall(r"[\d.]+", bench.distance_cell(video, clips)))
+        expected = bench.frechet(*map(bench.frame_statistics, (video, clips)))
+        assert value == pytest.approx(expected, abs=.006) and low < high
+        widths.append(high - low)
+    assert widths[1] < widths[0]
 
 
 def test_every_experiment_writes_its_tables_and_a_page_that_holds_all(bundle, run, tmp_path):

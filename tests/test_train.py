@@ -462,6 +462,20 @@ def test_jam_begins_as_the_base_with_add_motion(finished, tmp_path, run, quick, 
         assert equal(dict(seen[i].state_dict()), dict(expected.add_motion().state_dict()))
 
 
+def test_another_sigma_is_that_of_the_training_and_of_the_bundle(finished, tmp_path, run, quick):
+    """A bundle of one sigma can be the start of a training with another."""
+    out = tmp_path / "run"
+    code, _, err = run(train.main, *flags(out, "--init", str(finished / "model.pt"),
+                                          "--sigma", "0.6"))
+    assert code == 0, err
+    assert VideoJAM.load(out / "model.pt").config.sigma == .6
+    assert VideoJAM.load(finished / "model.pt").config.sigma == .15
+    (x1, d1, _), (x2, d2, _) = (Latents(folder / "latents").batch(range(8), 64)
+                                for folder in (finished, out))
+    torch.testing.assert_close(x1, x2, atol=.01, rtol=0)        # (by a TAE in half precision)
+    assert (d1 - d2).abs().mean() > 10 * (x1 - x2).abs().mean()
+
+
 def test_init_takes_the_tae_and_each_stage_its_own_dit(finished, tmp_path, run, quick, refuses):
     out, bundle = tmp_path / "run", torch.load(finished / "model.pt")
     init = "--init", str(finished / "model.pt")
@@ -537,6 +551,7 @@ def test_bad_flags_are_one_line_and_leave_no_run_folder(tmp_path, refuses, flag,
 
 @pytest.mark.parametrize("more, complaint", [
     (("--seed", 1), "begun with seed 0, not 1"), (("--rich", .7), "begun with rich 0.2, not 0.7"),
+    (("--sigma", .3), "begun with sigma 0.15, not 0.3"),
     (("--data", str(CLIPS)), "begun with data None"),
     (("--stage", "tae", "--lr", .5, "--steps", 9), "begun with lr 0.001, not 0.5"),
     (("--stage", "jam", "--batch", 2, "--steps", 9), "begun with batch 4, not 2"),
