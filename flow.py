@@ -455,10 +455,10 @@ class UpdateBlock(nn.Module):
         x = torch.cat([encoder["conv"](motion), flow], 1)
         (of_gates, of_new), (gates, new) = (
             part.split([2 * HIDDEN, HIDDEN], axis) for axis, part in enumerate((weight, fixed)))
-        gates = gates + F.conv2d(torch.cat([state, x], 1), of_gates, padding=1)
-        update, reset = gates.sigmoid().chunk(2, 1)
-        new = new + F.conv2d(torch.cat([reset * state, x], 1), of_new, padding=1)
-        state = (1 - update) * state + update * new.tanh()
+        gates = F.conv2d(torch.cat([state, x], 1), of_gates, padding=1).add_(gates)
+        update, reset = gates.sigmoid_().chunk(2, 1)
+        new = F.conv2d(torch.cat([reset * state, x], 1), of_new, padding=1).add_(new).tanh_()
+        state = (1 - update) * state + update * new
         return state, self.flow_head(state)
 
 
@@ -491,7 +491,7 @@ def look_up(pyramid, coords):
     for level, corr in enumerate(pyramid):
         # grid_sample's -1 and 1 are the centres of the first and last cells (align_corners=True)
         last = torch.tensor(corr.shape[:1:-1], device=coords.device) - 1        # of x, of y
-        grid = (centre / 2 ** level + window).mul_(2).div_(last).sub_(1)        # (B h w, 7, 7, 2)
+        grid = (centre / 2 ** level + window).div_(last / 2).sub_(1)            # (B h w, 7, 7, 2)
         looked_up.append(F.grid_sample(corr, grid, align_corners=True).view(B, h, w, -1))
     return torch.cat(looked_up, -1).permute(0, 3, 1, 2)
 
@@ -523,7 +523,8 @@ class RAFT(nn.Module):
         state, context = context.float().split([HIDDEN, CONTEXT], 1)
         state, of_context = state.tanh(), self.update_block.of_context(context.relu())
         y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-        start = torch.stack([x, y]).to(features1.device, torch.float32).expand(B, 2, h, w)
+        # (in context's order in memory, which all that follows then has)
+        start = torch.empty_like(context[:, :2], dtype=torch.float32).copy_(torch.stack([x, y]))
         coords, flows = start, []
         for _ in range(iters):
             coords = coords.detach()                # each iteration learns from its own error only
@@ -631,7 +632,9 @@ def estimate_flow(raft, video, iters=12):
             for k in range(0, T - 1, pairs):
                 images = raft.prepare(clip[k:k + pairs + 1])
                 features = torch.cat([features1, raft.feature_encoder(images[1:])])
-                context = raft.context_encoder(images[:-1])
+                # channels last: a tenth faster where no norm needs another order
+                context = raft.context_encoder(images[:-1].contiguous(
+                    memory_format=torch.channels_last))
                 cells = raft.refine(features[:-1], features[1:], context, iters)[-1]
                 flow[k:k + len(cells)] = raft.restore(cells, H, W)
                 features1 = features[-1:]
