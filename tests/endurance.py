@@ -1,12 +1,13 @@
 """What takes too long for the suite, and prints what it measures: pytest -s tests/endurance.py"""
+import collections
 import contextlib
+import itertools
 import json
 import os
 import random
 import signal
 import subprocess
 import time
-from collections import Counter
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -15,8 +16,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, TINY
+from test_flow import torchvision_raft
 from test_train import checkpoint, command, content, equal, flags, rows
 
+import flow as flow_script
 import train
 from flow import HELD_OUT, RAFT, estimate_flow, sprite_clips
 
@@ -87,7 +90,7 @@ def test_20_kills_at_random_moments_change_nothing(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     options = {"steps": 60, "clips": 1024, "extra": PHASES}
     seconds = ends_well(command(0, whole, **options), whole)
-    chance, kills = random.Random(0), Counter()
+    chance, kills = random.Random(0), collections.Counter()
     for target in [None, "save", None, "encode", "encode", *[None, "save", None] * 5]:
         with begin(command(0, killed, **options), killed) as (process, phase):
             time.sleep(chance.uniform(0, seconds / 20))
@@ -191,7 +194,7 @@ def test_2000_files_of_which_one_in_ten_is_broken(tmp_path, monkeypatch, run):
     listing = json.loads((tmp_path / "run/videos.json").read_text())
     assert [name for name, entry in sorted(listing.items()) if "reason" in entry] == [
         f"{i:04d}.mp4" for i in range(0, 2000, 10)]
-    reasons = Counter(entry["reason"] for entry in listing.values() if "reason" in entry)
+    reasons = collections.Counter(entry["reason"] for entry in listing.values() if "reason" in entry)
     assert sum(reasons.values()) == 200 and len(reasons) > 4, reasons
     assert "1800 of 1800 clips are there" in printed
 
@@ -213,7 +216,7 @@ def test_shipped_raft_on_200_held_out_clips_of_sprites():
 @pytest.mark.skipif("SKIMAGE" not in os.environ, reason="no path to an unzipped wheel of "
                     "scikit-image in SKIMAGE (pip download --no-deps scikit-image)")
 @pytest.mark.parametrize("weights", [ROOT / "weights/raft.pt", os.environ.get("RAFT_AUTHORS")])
-def test_shipped_raft_on_the_stereo_motorcycle(weights):
+def test_shipped_raft_on_the_stereo_motorcycle(weights, monkeypatch):
     """A real pair, whose flow is minus the disparity; in three sizes (shorter side, px)."""
     if weights is None:
         pytest.skip("no path to the authors' raft-small.pth in RAFT_AUTHORS")
@@ -224,7 +227,8 @@ def test_shipped_raft_on_the_stereo_motorcycle(weights):
     known = disparity.isfinite().float()
     disparity = disparity.where(known > 0, 0).float()
     results = []
-    for side in (64, 128, 500):
+    for side, dtype in itertools.product((64, 128, 500), (torch.float32, torch.bfloat16)):
+        monkeypatch.setattr(flow_script, "fast_dtype", lambda device, dtype=dtype: dtype)
         size = [round(length * side / 500) for length in disparity.shape[-2:]]
         frames, truth, share = (F.interpolate(x, size, mode="area")
                                 for x in (pair, disparity, known))
@@ -234,4 +238,35 @@ def test_shipped_raft_on_the_stereo_motorcycle(weights):
         results.append(error[counted].mean().item())
         assert results[-1] < .5 * truth[counted].abs().mean()
     print(f"\n{weights}, motorcycle of 64, 128, 500 px: "
-          f"{', '.join(f'{error:.2f}' for error in results)} px")
+          + ", ".join(f"{a:.3f} (bf16 {b:.3f})" for a, b in zip(results[::2], results[1::2])))
+    assert all(b < 1.02 * a for a, b in zip(results[::2], results[1::2]))
+
+
+@pytest.mark.skipif("TORCHVISION" not in os.environ, reason="no path to an unzipped wheel of "
+                    "torchvision in TORCHVISION (pip download --no-deps torchvision)")
+def test_flow_is_faster_than_torchvisions_pair_by_pair(monkeypatch):
+    """16 frames of 256 px, 12 iterations, one thread; medians of 9 turns."""
+    video = F.avg_pool2d(torch.rand(16, 3, 260, 260), 5, 1).unsqueeze(0)
+    raft, theirs = RAFT.load(), torchvision_raft(os.environ["TORCHVISION"]).raft_small(weights=None)
+    theirs.eval().load_state_dict(raft.state_dict())
+
+    @torch.no_grad()
+    def pair_by_pair():
+        for first, second in zip(video[0] * 2 - 1, video[0, 1:] * 2 - 1):
+            theirs(first[None], second[None], num_flow_updates=12)
+
+    def ours(dtype):
+        monkeypatch.setattr(flow_script, "fast_dtype", lambda device: dtype)
+        estimate_flow(raft, video, iters=12)
+
+    ways = {"torchvision's": pair_by_pair, "fp32": lambda: ours(torch.float32),
+            "bf16": lambda: ours(torch.bfloat16)}
+    seconds = collections.defaultdict(list)
+    for _, (name, way) in itertools.product(range(9), ways.items()):
+        start = time.perf_counter()
+        way()
+        seconds[name].append(time.perf_counter() - start)
+    each = {name: 1e3 / 15 * float(np.median(times)) for name, times in seconds.items()}
+    print("\nms a pair of frames: " + ", ".join(
+        f"{name} {ms:.0f} ({each[next(iter(ways))] / ms:.2f} times)" for name, ms in each.items()))
+    assert each["fp32"] < each["torchvision's"]
