@@ -257,24 +257,29 @@ def frame_statistics(video):
     return torch.cat(parts, 1).flatten(1).double()
 
 
+def moments(features):
+    """Mean (k,) and covariance (k, k) of features (n, k)."""
+    return features.mean(0), features.T.cov()
+
+
 def frechet(a, b):
-    """Frechet distance of two sets of features (n, k), in units of b's standard deviations. Sets
-    that are small, or drawn with repetition, are further apart by chance."""
-    scale = b.std(0).clamp(min=1e-6)
-    a, b = a / scale, b / scale
-    (mean_a, cov_a), (mean_b, cov_b) = ((x.mean(0), x.T.cov()) for x in (a, b))
+    """Frechet distance of two sets of features, given by their `moments`, in units of b's standard
+    deviations. Sets that are small, or drawn with repetition, are further apart by chance."""
+    scale = b[1].diagonal().sqrt().clamp(min=1e-6)
+    (mean_a, cov_a), (mean_b, cov_b) = ((mean / scale, cov / scale / scale[:, None])
+                                        for mean, cov in (a, b))
     cross = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()
     return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
 
 
 def distance_cell(video, others):
     """A table's cell: the Frechet distance of frame statistics, with its interval over clips."""
-    theirs = frame_statistics(others)
-    mine = frame_statistics(video).view(len(video), -1, theirs.shape[1])
+    theirs = moments(frame_statistics(others))
+    mine = frame_statistics(video).unflatten(0, video.shape[:2])
 
     def distance(clips, axis=0):
-        return np.apply_along_axis(lambda i: frechet(mine[i.astype(int)].flatten(0, 1), theirs),
-                                   axis, clips)
+        return np.apply_along_axis(
+            lambda i: frechet(moments(mine[i.astype(int)].flatten(0, 1)), theirs), axis, clips)
 
     return cell(range(len(video)), statistic=distance)
 
@@ -451,12 +456,13 @@ def motivation(world):
 
 def compare(world):
     """Tables 1, 2, 4: base, control (plain fine-tuning for the same steps) and VideoJAM."""
-    config, args, rgb = world.config, world.args, world.rgb(world.flow)
+    config, args = world.config, world.args
 
     def psnr(a, b):
         return (-10 * (a - b).square().mean((1, 2, 3, 4)).log10()).tolist()
 
     videos = world.ceilings
+    real, rgb = videos["real clips"]
     for which in ("base", "control"):
         if which in world.models:
             videos[which] = world.sample(which)
@@ -493,7 +499,7 @@ def compare(world):
               (header, table)]
     if "control" in results:
         tables.insert(1, paired_table(results, "control"))
-    quality = [cell(psnr(world.video, videos["through the TAE"][0])),
+    quality = [cell(psnr(real, videos["through the TAE"][0])),
                cell(psnr(rgb, world.coded(rgb, True)))]
     return {"about": f"n = {args.n} held-out prompts of one sprite on a plain background, the "
                      f"first {args.seeds} of each, the same noise for every model, "

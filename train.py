@@ -327,8 +327,7 @@ class Folder:
         clips = []
         for key, clip in zip(keys, video):
             if key not in self.recent:
-                flow = estimate_flow(self.raft, clip[None])[0]
-                rgb = flow_to_rgb(flow, self.preset.sigma)
+                rgb = self.motion(clip[None])[0]
                 self.recent[key] = (rgb * 255).round().byte().cpu()
             clips.append(self.recent[key])
         while len(self.recent) > self.room:
@@ -485,8 +484,7 @@ class Run:
         self.out, self.device = Path(args.out), args.device
         settings = {"version": VERSION, "preset": args.preset, "data": args.data,
                     "flow": args.flow, "rich": args.rich, "seed": args.seed,
-                    "sigma": args.sigma,
-                    "sizes": json.loads(json.dumps(dataclasses.asdict(PRESETS[args.preset])))}
+                    **json.loads(json.dumps(dataclasses.asdict(self.preset)))}
         path = self.out / "settings.json"
         if path.is_file():
             before = json.loads(path.read_text())
@@ -499,8 +497,8 @@ class Run:
         if args.data:
             find_videos(args.data)              # says what is wrong before anything is written
         self.bundle = read_file(args.init, "videojam") if args.init else None
-        theirs = self.bundle and Preset.from_dict(self.bundle["config"])
-        if self.bundle and dataclasses.replace(theirs, sigma=args.sigma) != self.preset:
+        if self.bundle and dataclasses.replace(
+                Preset.from_dict(self.bundle["config"]), sigma=args.sigma) != self.preset:
             raise ValueError(f"--init {args.init}: of another size than the preset {args.preset}")
         if self.bundle and (self.out / "tae.pt").exists():
             mine, other = read_file(self.out / "tae.pt", "tae")["state"], self.bundle["tae"]
@@ -1163,8 +1161,8 @@ def parse():
                         "the toy, else 1)")
     parser.add_argument("--motion-dropout", type=float, default=.2, help="jam: share of samples "
                         "without motion (default %(default)s, the paper's)")
-    parser.add_argument("--sigma", type=float, default=.15, help="of Eq. 5: motion of this share of "
-                        "the diagonal has full colour (default %(default)s, the paper's)")
+    parser.add_argument("--sigma", type=float, default=.15, help="of Eq. 5: motion of this share "
+                        "of the diagonal has full colour (default %(default)s, the paper's)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=4, help="threads that read data ahead")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
