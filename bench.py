@@ -34,8 +34,8 @@ from tqdm import tqdm
 from flow import (COLOURS, DIRECTIONS, HELD_OUT, RAFT, SHAPES, TRAVEL, TURNS, autocast, bouncing,
                   estimate_flow, fast_dtype, flow_to_rgb, report_errors, rgb_to_flow,
                   signed_distance, sprite_clips, write_text)
-from train import (can_compile, device_of, grid, read_lines, saved_bytes, say_cut, weights_of,
-                   write_video)
+from train import (can_compile, device_of, grid, optimizers, read_lines, saved_bytes, say_cut,
+                   weights_of, write_video)
 from videojam import (VideoJAM, euler_sample, linear_quadratic, noised, squared_errors, tokenize,
                       velocity)
 
@@ -684,15 +684,16 @@ def speed(args):
         return run
 
     def training(model):
-        optimizer = torch.optim.AdamW(model.parameters(), 0., fused=True)
+        optimizing = optimizers(model, 0.)
         z = torch.randn(B, shape[0] * (1 + model.config.motion), *shape[1:], device=device)
 
         def step():
             with autocast(device):
                 loss = squared_errors(model, z, y, shape[0])[1].mean()
             loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer in optimizing:
+                optimizer.step()
+            model.zero_grad()
         return step
 
     def sampling(mode):

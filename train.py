@@ -69,7 +69,7 @@ DEFAULTS = {
     "30b": {"tae": (300_000, 1e-4, 32), "encode": (4, 0, 1), "base": (500_000, 1e-4, 1024),
             "jam": (35_000, 5e-6, 256)},
 }
-VERSION = 6                             # of a run's folder: raised when old runs cannot go on
+VERSION = 7                             # of a run's folder: raised when old runs cannot go on
 SHARD = 256                             # clips in a file of latents
 CHECKPOINT_SECONDS = 60                 # between two; or 20 times what one takes to write
 T_BINS = 5                              # losses are reported apart for t in [0, .2), [.2, .4), ...
@@ -729,10 +729,33 @@ def summary(reports):
     return row
 
 
+def optimizers(model, lr):
+    """Muon (Jordan et al., 2024) for the matrices inside a DiT's layers: the singular values of a
+    step are made about equal, so rare directions, such as a word's, are learned as fast as loud
+    ones. AdamW for all else. Muon's steps are scaled to the size of AdamW's, so one lr serves both.
+
+    Their states are made at once, so that a checkpoint can fill them."""
+    layers = [model.text.layers, model.blocks] if isinstance(model, DiT) else []
+    matrices = {module.weight: None for part in layers for module in part.modules()
+                if isinstance(module, torch.nn.Linear)}
+    others = [weight for weight in model.parameters() if weight not in matrices]
+    adamw = torch.optim.AdamW(others, lr, (.9, .99), weight_decay=0, fused=True)
+    for weight in others:
+        adamw.state[weight] = {"step": torch.zeros((), device=weight.device),
+                               "exp_avg": torch.zeros_like(weight),
+                               "exp_avg_sq": torch.zeros_like(weight)}
+    if not matrices:
+        return [adamw]
+    muon = torch.optim.Muon([*matrices], lr, weight_decay=0, adjust_lr_fn="match_rms_adamw")
+    for weight in matrices:
+        muon.state[weight] = {"momentum_buffer": torch.zeros_like(weight)}
+    return [adamw, muon]
+
+
 def optimize(run, stage, model, load, loss_of, preview, stream=None, origin=None):
-    """Trains `model` for a stage's steps, from its last checkpoint on: AdamW, gradients clipped to
-    norm 1, an exponential moving average (EMA) of the weights; a short warm-up, then a constant
-    learning rate that falls to zero over the last 30% (a stage made longer goes back up).
+    """Trains `model` for a stage's steps, from its last checkpoint on: gradients clipped to norm 1,
+    an exponential moving average (EMA) of the weights; a short warm-up, then a constant learning
+    rate that falls to zero over the last 30% (a stage made longer goes back up).
 
     load(step, places) -> the data of places in the batch, in a thread ahead of time;
     loss_of(data, rows, draws) -> scalar loss, {name: (n,)} to report, of some rows of that data,
@@ -748,13 +771,10 @@ def optimize(run, stage, model, load, loss_of, preview, stream=None, origin=None
         f"t {'uniform' if args.uniform_t else 'logit-normal'}, shifted by {args.t_shift:g}")
     weights = dict(model.train().named_parameters())
     average = {name: weight.detach().clone() for name, weight in weights.items()}
-    optimizer = torch.optim.AdamW(weights.values(), lr, (.9, .99), weight_decay=0, fused=True)
-    for weight in weights.values():                 # made at once, so that a checkpoint can fill it
-        optimizer.state[weight] = {"step": torch.zeros((), device=run.device),
-                                   "exp_avg": torch.zeros_like(weight),
-                                   "exp_avg_sq": torch.zeros_like(weight)}
+    optimizing = optimizers(model, lr)
+    moments = {weight: held for optimizer in optimizing for weight, held in optimizer.state.items()}
     state = {"model": weights, "ema": average,
-             "optimizer": {name: optimizer.state[weight] for name, weight in weights.items()}}
+             "optimizer": {name: moments[weight] for name, weight in weights.items()}}
     settings = {"lr": lr, "batch": batch, "origin": origin, "uniform_t": args.uniform_t,
                 "t_shift": args.t_shift, "motion_dropout": args.motion_dropout}
     step, (path, status) = 0, run.last(stage)
@@ -783,9 +803,9 @@ def optimize(run, stage, model, load, loss_of, preview, stream=None, origin=None
     batches = iter(ahead)
     try:
         for data in batches:
-            for group in optimizer.param_groups:
-                group["lr"] = lr * min(1, (step + 1) / min(200, steps / 10 + 1),
-                                       (steps - step) / (.3 * steps))
+            rate = lr * min(1, (step + 1) / min(200, steps / 10 + 1), (steps - step) / (.3 * steps))
+            for optimizer in optimizing:
+                optimizer.param_groups[0]["lr"] = rate
             for part in range(args.accumulate):
                 rows = range(local)[part * local // args.accumulate:
                                     (part + 1) * local // args.accumulate]
@@ -797,7 +817,8 @@ def optimize(run, stage, model, load, loss_of, preview, stream=None, origin=None
             norm = torch.nn.utils.clip_grad_norm_(weights.values(), 1.)
             norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
             if norm.isfinite():
-                optimizer.step()
+                for optimizer in optimizing:
+                    optimizer.step()
                 decay = min(.999, (2 + step) / (11 + step))     # short runs forget their start too
                 with torch.no_grad():
                     torch._foreach_lerp_(list(average.values()), list(weights.values()), 1 - decay)
@@ -807,7 +828,7 @@ def optimize(run, stage, model, load, loss_of, preview, stream=None, origin=None
                 skipped += 1
                 say(f"{stage}: step {step + 1} is not finite and is skipped")
                 recent = recent[:-args.accumulate]
-            optimizer.zero_grad()
+            model.zero_grad()
             step += 1
             bar.update()
             if len(bad) == BAD_STEPS:
@@ -824,7 +845,7 @@ def optimize(run, stage, model, load, loss_of, preview, stream=None, origin=None
                     gathered = [None] * ranks()
                     dist.all_gather_object(gathered, recent)
                 row = summary(sum(gathered, []))
-                run.log(stage=stage, step=step, lr=group["lr"], **row)
+                run.log(stage=stage, step=step, lr=rate, **row)
                 bar.set_postfix({k: v for k, v in row.items() if not isinstance(v, list)}
                                 | {"waits": f"{ahead.waited / (time.time() - begun):.0%}"}
                                 | ({"skipped": skipped} if skipped else {}))
@@ -1083,7 +1104,10 @@ def dry_run(args):
         tae, dit = TAE(preset.tae), DiT(dataclasses.replace(preset.dit, motion=True))
         z, t = torch.zeros(1, 2 * shape[0], *shape[1:], dtype=torch.bfloat16), torch.zeros(1)
         video = torch.zeros(1, preset.frames, 3, preset.size, preset.size)
-    P, dit = sum(p.numel() for p in dit.parameters()), dit.to(torch.bfloat16)
+    P = sum(p.numel() for p in dit.parameters())
+    moments = sum(moment.numel() for optimizer in optimizers(dit, 0.)
+                  for held in optimizer.state.values() for moment in held.values())
+    dit = dit.to(torch.bfloat16)
     with FlopCounterMode(display=False) as encoding, torch.no_grad():
         tae.posterior(video)
     with FlopCounterMode(display=False) as forward, torch.no_grad():
@@ -1113,13 +1137,13 @@ def dry_run(args):
          f"{2 * encoding.get_total_flops() / 1e12:,.2f} T and RAFT"),
         ("memory a GPU: weights, fp32", f"{4 * P / world / GB:,.2f} GB"),
         ("  gradients, fp32", f"{4 * P / world / GB:,.2f} GB"),
-        ("  AdamW's two moments, fp32", f"{8 * P / world / GB:,.2f} GB"),
+        ("  moments of Muon and AdamW, fp32", f"{4 * moments / world / GB:,.2f} GB"),
         ("  average (EMA), fp32", f"{4 * P / world / GB:,.2f} GB"),
         ("  two layers gathered, bf16" if world > 1 else "  bf16 copy of a layer",
          f"{(4 if world > 1 else 2) * layer / GB:,.2f} GB"),
         (f"  activations of {clips} clips", f"{clips * kept[False] / GB:,.2f} GB, with "
                                             f"recomputation {clips * recomputed / GB:,.2f} GB")]
-    total = {again: 20 * P / world + (4 if world > 1 else 2) * layer
+    total = {again: (12 * P + 4 * moments) / world + (4 if world > 1 else 2) * layer
              + clips * (recomputed if again else kept[False]) for again in (False, True)}
     rows.append(("  in all", f"{total[False] / GB:,.1f} GB, with recomputation "
                              f"{total[True] / GB:,.1f} GB"))
