@@ -50,7 +50,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from flow import (HELD_OUT, RAFT, ROOT, autocast, estimate_flow, fast_dtype, flow_to_rgb,
+from flow import (HELD_OUT, RAFT, ROOT, Muon, autocast, estimate_flow, fast_dtype, flow_to_rgb,
                   read_file, report_errors, sprite_clips, write_file, write_tensors, write_text)
 from videojam import (PRESETS, TAE, DiT, Preset, VideoJAM, initialize, squared_errors, tae_loss,
                       tokenize, widen)
@@ -730,11 +730,8 @@ def summary(reports):
 
 
 def optimizers(model, lr):
-    """Muon (Jordan et al., 2024) for the matrices inside a DiT's layers: the singular values of a
-    step are made about equal, so rare directions, such as a word's, are learned as fast as loud
-    ones. AdamW for all else. Muon's steps are scaled to the size of AdamW's, so one lr serves both.
-
-    Their states are made at once, so that a checkpoint can fill them."""
+    """Muon for the matrices inside a DiT's layers, AdamW for all else. Their states are made at
+    once, so that a checkpoint can fill them."""
     layers = [model.text.layers, model.blocks] if isinstance(model, DiT) else []
     matrices = {module.weight: None for part in layers for module in part.modules()
                 if isinstance(module, torch.nn.Linear)}
@@ -744,12 +741,7 @@ def optimizers(model, lr):
         adamw.state[weight] = {"step": torch.zeros((), device=weight.device),
                                "exp_avg": torch.zeros_like(weight),
                                "exp_avg_sq": torch.zeros_like(weight)}
-    if not matrices:
-        return [adamw]
-    muon = torch.optim.Muon([*matrices], lr, weight_decay=0, adjust_lr_fn="match_rms_adamw")
-    for weight in matrices:
-        muon.state[weight] = {"momentum_buffer": torch.zeros_like(weight)}
-    return [adamw, muon]
+    return [adamw, Muon(matrices, lr)] if matrices else [adamw]
 
 
 def optimize(run, stage, model, load, loss_of, preview, stream=None, origin=None):

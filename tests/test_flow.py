@@ -22,6 +22,25 @@ from flow import (COLOURS, DIRECTIONS, HELD_OUT, MOTIONS, RAFT, SHAPES, autocast
 
 CLIPS = ROOT.parent / "shared/clips"
 
+# ---------------------------------------------------------------- the optimizer
+
+
+@pytest.mark.parametrize("dtype, tolerance", ((torch.bfloat16, 1e-6), (torch.float32, .02)))
+@pytest.mark.parametrize("shape", ((12, 40), (40, 12), (24, 24)))
+def test_muon_is_torchs(shape, dtype, tolerance, monkeypatch):
+    """torch's works in bf16 whatever the device; ours in what is fast there."""
+    monkeypatch.setattr(script, "fast_dtype", lambda device: dtype)
+    start = torch.randn(shape)
+    ours, theirs = start.clone().requires_grad_(), start.clone().requires_grad_()
+    optimizers = (script.Muon([ours], .01), torch.optim.Muon(
+        [theirs], .01, weight_decay=0, adjust_lr_fn="match_rms_adamw"))
+    for _ in range(4):
+        ours.grad = theirs.grad = torch.randn(shape)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert (ours - theirs).norm() <= tolerance * (theirs - start).norm()
+
+
 # ---------------------------------------------------------------- Eq. 5
 
 
