@@ -60,8 +60,8 @@ STAGES = ("tae", "encode", "base", "jam", "control")
 # sprite world, or at most of each video, and its batch is a GPU's. The control has jam's row; the
 # paper's fine-tuning is 50,000 x 32 (4b) and 35,000 x 256 (30b) at 5e-6
 DEFAULTS = {
-    "toy": {"tae": (900, 1e-3, 4), "encode": (4096, 0, 32), "base": (4000, 3e-3, 32),
-            "jam": (600, 1e-3, 32)},
+    "toy": {"tae": (900, 1e-3, 4), "encode": (6144, 0, 32), "base": (3400, 3e-3, 32),
+            "jam": (700, 2e-3, 32)},
     "small": {"tae": (50_000, 3e-4, 8), "encode": (64, 0, 8), "base": (200_000, 2e-4, 64),
               "jam": (20_000, 5e-5, 64)},
     "4b": {"tae": (300_000, 1e-4, 32), "encode": (4, 0, 1), "base": (500_000, 1e-4, 256),
@@ -500,6 +500,11 @@ class Run:
         if self.bundle and dataclasses.replace(
                 Preset.from_dict(self.bundle["config"]), sigma=args.sigma) != self.preset:
             raise ValueError(f"--init {args.init}: of another size than the preset {args.preset}")
+        with torch.device("meta"):
+            names = self.new_dit().state_dict().keys()
+        if self.bundle and any(dit.keys() != names for dit in self.bundle["dits"].values()):
+            raise ValueError(f"--init {args.init}: made by another version, whose DiT has other "
+                             f"weights")
         if self.bundle and (self.out / "tae.pt").exists():
             mine, other = read_file(self.out / "tae.pt", "tae")["state"], self.bundle["tae"]
             if not all(torch.equal(mine[k].half(), other[k].half()) for k in other):

@@ -385,7 +385,8 @@ def initialize(modules):
             nn.init.zeros_(module.cross.out.weight)
             nn.init.zeros_(module.table)
         elif isinstance(module, DiT):
-            for zero in (module.modulation.weight, module.final_table, module.W_out.weight):
+            for zero in (module.position.weight, module.modulation.weight, module.final_table,
+                         module.W_out.weight):
                 nn.init.zeros_(zero)
 
 
@@ -398,6 +399,8 @@ class DiT(nn.Module):
         patch_dim = (1 + c.motion) * c.channels * c.patch ** 2
         self.text = TextEncoder(c)
         self.W_in = nn.Linear(patch_dim, c.width, bias=False)
+        # RoPE tells how far tokens are apart, this where they are: in pure noise nothing else does
+        self.position = nn.Linear(c.width // c.heads, c.width, bias=False)
         self.time = nn.Sequential(nn.Linear(256, c.width), nn.SiLU(), nn.Linear(c.width, c.width))
         self.modulation = nn.Linear(c.width, 6 * c.width)
         self.blocks = nn.ModuleList([Block(c) for _ in range(c.depth)])
@@ -434,6 +437,7 @@ class DiT(nn.Module):
         modulation = self.modulation(F.silu(emb)).view(len(x), 6, c.width)
         rope = rope_table((T, H // c.patch, W // c.patch), c.width // c.heads, x.device)
         h = self.W_in(patchify(x, c.patch))                                         # (B, N, width)
+        h = h + self.position(torch.cat(rope, 1).to(h.dtype))
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
                 h = checkpoint(block, h, modulation, text, mask, rope, use_reentrant=False)

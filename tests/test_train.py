@@ -516,6 +516,11 @@ def test_init_takes_the_tae_and_each_stage_its_own_dit(finished, tmp_path, run, 
     torch.save({**bundle, "config": {**bundle["config"], "frames": 9}}, tmp_path / "other.pt")
     assert "of another size than the preset tiny" in refuses(
         train.main, *flags(tmp_path / "other", "--init", str(tmp_path / "other.pt")))
+    del bundle["dits"]["base"]["position.weight"]
+    torch.save(bundle, tmp_path / "older.pt")
+    assert "made by another version" in refuses(
+        train.main, *flags(tmp_path / "other", "--init", str(tmp_path / "older.pt")))
+    assert not (tmp_path / "other").exists()
 
 
 def test_init_beside_a_tae_of_another_is_refused(finished, tmp_path, refuses):

@@ -193,6 +193,15 @@ def test_dit_starts_at_zero_and_once_trained_sees_position_time_and_text():
             dit(torch.randn(shape), .5, y)
 
 
+def test_dit_knows_where_its_tokens_are_by_their_embedding_alone():
+    x, y, dit = torch.ones(1, 4, 3, 4, 4), tokenize(["abc"]), tiny_dit(False)
+    u = dit(x, .5, y)
+    assert (u - u[..., :1, :2, :2].repeat(1, 1, 3, 2, 2)).abs().max() > 1e-3
+    torch.nn.init.zeros_(dit.position.weight)               # RoPE turns all tokens' values to one
+    u = dit(x, .5, y)
+    torch.testing.assert_close(u, u[..., :1, :2, :2].repeat(1, 1, 3, 2, 2), atol=1e-5, rtol=1e-4)
+
+
 def test_eq1_and_eq2_by_hand():
     x1, x0 = torch.tensor([[[4.]], [[10.]]]), torch.tensor([[[0.]], [[2.]]])
     assert noised(x1, x0, torch.tensor([.25, .5])).flatten().tolist() == [1, 6]
