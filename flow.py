@@ -114,14 +114,15 @@ def orthogonalized(matrix):
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al., 2024) with Nesterov's momentum. A step goes equally far in all
-    directions of a matrix, so rare ones, such as a word's, are learned as fast as loud ones. It is
-    scaled to an AdamW step's size, .2 lr an element, so that one lr serves both.
+    """Muon (Jordan et al., 2024) with Nesterov's momentum, for matrices and for convolutions'
+    kernels, which are matrices (out, in height width). A step goes equally far in all directions of
+    a matrix, so rare ones, such as a word's, are learned as fast as loud ones. It is scaled to an
+    AdamW step's size, .2 lr an element, so that one lr serves both.
 
     torch.optim.Muon is the same, but multiplies in bf16 everywhere: 17 times the time, or more than
     a whole training step of the toy, on a CPU without instructions for it."""
-    def __init__(self, matrices, lr, momentum=.95):
-        super().__init__(matrices, {"lr": lr, "momentum": momentum})
+    def __init__(self, weights, lr, momentum=.95):
+        super().__init__(weights, {"lr": lr, "momentum": momentum})
         for weight in self.param_groups[0]["params"]:       # now, so that a checkpoint can fill it
             self.state[weight]["momentum"] = torch.zeros_like(weight)
 
@@ -130,8 +131,9 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for weight in group["params"]:
                 average = self.state[weight]["momentum"].lerp_(weight.grad, 1 - group["momentum"])
-                update = orthogonalized(weight.grad.lerp(average, group["momentum"]))
-                weight.add_(update, alpha=-group["lr"] * .2 * max(weight.shape) ** .5)
+                matrix = weight.grad.lerp(average, group["momentum"]).flatten(1)
+                step = -group["lr"] * .2 * max(matrix.shape) ** .5
+                weight.add_(orthogonalized(matrix).view_as(weight), alpha=step)
 
 
 # ---------------------------------------------------------------- Sec. 4.2: flow as RGB (Eq. 5)
@@ -916,12 +918,8 @@ def train_raft(out="runs/raft", steps=20_000, batch=8, lr=4e-4, weights=None, im
     torch.manual_seed(0)
     raft = RAFT.load(weights) if weights else RAFT()
     raft.requires_grad_(True).to(device, memory_format=torch.channels_last).train()
-    kernels = [weight for weight in raft.parameters() if weight.ndim == 4]
-    others = [weight for weight in raft.parameters() if weight.ndim != 4]
-    # Muon takes matrices: views (out, height width in) of the kernels, as channels last has them
-    matrices = [kernel.detach().permute(0, 2, 3, 1).view(len(kernel), -1) for kernel in kernels]
-    adamw = torch.optim.AdamW(others, lr, weight_decay=0)
-    muon = Muon(matrices, lr)
+    adamw = torch.optim.AdamW([w for w in raft.parameters() if w.ndim != 4], lr, weight_decay=0)
+    muon = Muon([w for w in raft.parameters() if w.ndim == 4], lr)
     start, scores = 0, {}
     if (out / "state.pt").exists():
         state = read_file(out / "state.pt", "raft training with Muon")
@@ -952,8 +950,6 @@ def train_raft(out="runs/raft", steps=20_000, batch=8, lr=4e-4, weights=None, im
         raft.zero_grad()
         loss.backward()
         if nn.utils.clip_grad_norm_(raft.parameters(), 1).isfinite():
-            for matrix, kernel in zip(matrices, kernels):
-                matrix.grad = kernel.grad.permute(0, 2, 3, 1).flatten(1)
             adamw.step()
             muon.step()
         if (step + 1) % every == 0 or step + 1 == steps:

@@ -41,6 +41,20 @@ def test_muon_is_torchs(shape, dtype, tolerance, monkeypatch):
     assert (ours - theirs).norm() <= tolerance * (theirs - start).norm()
 
 
+def test_muon_takes_kernels_as_matrices_in_either_memory_format():
+    start, grads = torch.randn(8, 6, 3, 3), torch.randn(3, 8, 6, 3, 3)
+    results = []
+    for weight in (start.flatten(1), start, start.to(memory_format=torch.channels_last)):
+        weight = weight.clone(memory_format=torch.preserve_format).requires_grad_()
+        optimizer = script.Muon([weight], .01)
+        for grad in grads:
+            weight.grad = grad.view(weight.shape).clone(memory_format=torch.preserve_format)
+            optimizer.step()
+        results.append(weight.detach().flatten(1))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=0, atol=1e-6)
+
+
 # ---------------------------------------------------------------- Eq. 5
 
 
