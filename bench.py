@@ -687,14 +687,17 @@ def speed(args):
         optimizing = optimizers(model, 0.)
         z = torch.randn(B, shape[0] * (1 + model.config.motion), *shape[1:], device=device)
 
-        def step():
+        def gradients():
             with autocast(device):
                 loss = squared_errors(model, z, y, shape[0])[1].mean()
             loss.backward()
+
+        def step():
+            gradients()
             for optimizer in optimizing:
                 optimizer.step()
             model.zero_grad()
-        return step
+        return gradients, step
 
     def sampling(mode):
         x = torch.randn(B, *shape, device=device)
@@ -702,23 +705,28 @@ def speed(args):
 
     video = sprite_clips(range(8), preset.frames, preset.size)[0].to(device)
     raft, small = RAFT.load().to(device), video[:1]
-    steps = {"base": training(base.dit.train()), "jam": training(jam.dit.train())}
+    (gradients, step), (jam_gradients, jam_step) = training(base.dit.train()), \
+        training(jam.dit.train())
+    # their FLOPs are the model's own: the optimizers' are not counted, but their time is
+    steps = {"base": (step, gradients), "jam": (jam_step, jam_gradients),
+             "base, without the optimizers": (gradients, gradients)}
     parts = {"TAE, encode a clip": (in_autocast(lambda: base.tae.encode(video)), len(video)),
              "RAFT, a pair of frames": (lambda: estimate_flow(raft, small), preset.frames - 1)}
     parts |= {f"sampling, {mode}, a step of {B} clips": (sampling(mode), 8)
               for mode in ("none", "cfg", "inner")}
     with torch.no_grad():
         flops = {name: flops_of(function) / count for name, (function, count) in parts.items()}
-    flops |= {name: flops_of(step) for name, step in steps.items()}
+    flops |= {name: flops_of(counted) for name, (_, counted) in steps.items()}
     kept, z = [], torch.randn(B, 2 * shape[0], *shape[1:], device=device)
     for jam.dit.recompute in (True, False):                             # before it is compiled
         with autocast(device):
             kept.append(saved_bytes(lambda: squared_errors(jam.dit, z, y, shape[0])) / 1e6)
     if can_compile(device):
         base.dit.compile_blocks(), jam.dit.compile_blocks()
-    for step in [*steps.values()] * 3:                                  # compile, settle
-        step()
-    times = [[median_time(step, device, 1) for step in steps.values()] for _ in range(9)]  # in turn
+    for timed, _ in [*steps.values()] * 3:                              # compile, settle
+        timed()
+    times = [[median_time(timed, device, 1) for timed, _ in steps.values()]
+             for _ in range(9)]                                         # in turn
     rows = [(f"training step of {B} clips, {name}", seconds, flops[name])
             for name, seconds in zip(steps, np.median(times, 0))]
     base.dit.eval(), jam.dit.eval()
@@ -731,8 +739,10 @@ def speed(args):
               else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     for name, seconds, count in rows:
         result[name] = {"ms": 1e3 * seconds, "GFLOP": count / 1e9, "share": count / seconds / peak}
-    ratios = {"training step, jam / base": rows[1][1] / rows[0][1],
-              "sampling, inner / cfg": rows[6][1] / rows[5][1],
+    ms = {name: row["ms"] for name, row in result.items()}
+    step, sampled = f"training step of {B} clips, ", "sampling, {}, " + f"a step of {B} clips"
+    ratios = {"training step, jam / base": ms[step + "jam"] / ms[step + "base"],
+              "sampling, inner / cfg": ms[sampled.format("inner")] / ms[sampled.format("cfg")],
               f"matrix product, {str(product.dtype)[6:]}, GFLOP/s": peak / 1e9,
               "jam's activations kept for the backward pass, MB": kept[1],
               "the same, blocks recomputed (--recompute), MB": kept[0],
