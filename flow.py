@@ -100,17 +100,18 @@ def autocast(device, dtype=None):
 
 # ---------------------------------------------------------------- an optimizer for matrices
 
-def orthogonalized(matrix):
-    """Another of the same singular vectors whose singular values are about 1 (.7 to 1.2; far below
-    the largest, less): X <- a X + (b A + c A^2) X, A = X X^T, five times, as Muon has it."""
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    X = wide.to(fast_dtype(matrix.device))
-    X = X / X.norm().clamp(min=1e-7)
+def orthogonalized(matrices):
+    """(n, rows, columns): others of the same singular vectors whose singular values are about 1 (.7
+    to 1.2; far below the largest, less): X <- a X + (b A + c A^2) X, A = X X^T, five times, as Muon
+    has it."""
+    wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
+    X = wide.to(fast_dtype(matrices.device))
+    X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     a, b, c = 3.4445, -4.7750, 2.0315
     for _ in range(5):
-        A = X @ X.T
-        X = torch.addmm(X, torch.addmm(A, A, A, beta=b, alpha=c), X, beta=a)
-    return X if wide is matrix else X.T
+        A = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+    return X if wide is matrices else X.mT
 
 
 class Muon(torch.optim.Optimizer):
@@ -129,11 +130,16 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            alike = {}                  # of one shape, multiplied at once: fewer and larger products
             for weight in group["params"]:
                 average = self.state[weight]["momentum"].lerp_(weight.grad, 1 - group["momentum"])
                 matrix = weight.grad.lerp(average, group["momentum"]).flatten(1)
-                step = -group["lr"] * .2 * max(matrix.shape) ** .5
-                weight.add_(orthogonalized(matrix).view_as(weight), alpha=step)
+                alike.setdefault(matrix.shape, []).append((weight, matrix))
+            for shape, pairs in alike.items():
+                updates = orthogonalized(torch.stack([matrix for _, matrix in pairs]))
+                step = -group["lr"] * .2 * max(shape) ** .5
+                for (weight, _), update in zip(pairs, updates):
+                    weight.add_(update.view_as(weight), alpha=step)
 
 
 # ---------------------------------------------------------------- Sec. 4.2: flow as RGB (Eq. 5)
