@@ -697,7 +697,7 @@ def speed(args):
             for optimizer in optimizing:
                 optimizer.step()
             model.zero_grad()
-        return gradients, step
+        return step, gradients
 
     def sampling(mode):
         x = torch.randn(B, *shape, device=device)
@@ -705,11 +705,9 @@ def speed(args):
 
     video = sprite_clips(range(8), preset.frames, preset.size)[0].to(device)
     raft, small = RAFT.load().to(device), video[:1]
-    (gradients, step), (jam_gradients, jam_step) = training(base.dit.train()), \
-        training(jam.dit.train())
-    # their FLOPs are the model's own: the optimizers' are not counted, but their time is
-    steps = {"base": (step, gradients), "jam": (jam_step, jam_gradients),
-             "base, without the optimizers": (gradients, gradients)}
+    # what is timed, and what FLOPs are counted of: the model's own, not the optimizers'
+    steps = {"base": training(base.dit.train()), "jam": training(jam.dit.train())}
+    steps["base, without the optimizers"] = 2 * steps["base"][1:]
     parts = {"TAE, encode a clip": (in_autocast(lambda: base.tae.encode(video)), len(video)),
              "RAFT, a pair of frames": (lambda: estimate_flow(raft, small), preset.frames - 1)}
     parts |= {f"sampling, {mode}, a step of {B} clips": (sampling(mode), 8)
@@ -739,10 +737,13 @@ def speed(args):
               else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     for name, seconds, count in rows:
         result[name] = {"ms": 1e3 * seconds, "GFLOP": count / 1e9, "share": count / seconds / peak}
-    ms = {name: row["ms"] for name, row in result.items()}
-    step, sampled = f"training step of {B} clips, ", "sampling, {}, " + f"a step of {B} clips"
-    ratios = {"training step, jam / base": ms[step + "jam"] / ms[step + "base"],
-              "sampling, inner / cfg": ms[sampled.format("inner")] / ms[sampled.format("cfg")],
+
+    def ratio(a, b, name):
+        return result[name.format(a)]["ms"] / result[name.format(b)]["ms"]
+
+    trained, sampled = f"training step of {B} clips, {{}}", f"sampling, {{}}, a step of {B} clips"
+    ratios = {"training step, jam / base": ratio("jam", "base", trained),
+              "sampling, inner / cfg": ratio("inner", "cfg", sampled),
               f"matrix product, {str(product.dtype)[6:]}, GFLOP/s": peak / 1e9,
               "jam's activations kept for the backward pass, MB": kept[1],
               "the same, blocks recomputed (--recompute), MB": kept[0],

@@ -130,7 +130,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            alike = {}                  # of one shape, multiplied at once: fewer and larger products
+            alike = {}                  # of one shape, multiplied at once: fewer, larger products
             for weight in group["params"]:
                 average = self.state[weight]["momentum"].lerp_(weight.grad, 1 - group["momentum"])
                 matrix = weight.grad.lerp(average, group["momentum"]).flatten(1)

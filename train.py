@@ -500,11 +500,12 @@ class Run:
         if self.bundle and dataclasses.replace(
                 Preset.from_dict(self.bundle["config"]), sigma=args.sigma) != self.preset:
             raise ValueError(f"--init {args.init}: of another size than the preset {args.preset}")
-        with torch.device("meta"):
-            names = self.new_dit().state_dict().keys()
-        if self.bundle and any(dit.keys() != names for dit in self.bundle["dits"].values()):
-            raise ValueError(f"--init {args.init}: made by another version, whose DiT has other "
-                             f"weights")
+        if self.bundle:
+            with torch.device("meta"):
+                names = self.new_dit().state_dict().keys()
+            if any(dit.keys() != names for dit in self.bundle["dits"].values()):
+                raise ValueError(f"--init {args.init}: made by another version, whose DiT has "
+                                 f"other weights")
         if self.bundle and (self.out / "tae.pt").exists():
             mine, other = read_file(self.out / "tae.pt", "tae")["state"], self.bundle["tae"]
             if not all(torch.equal(mine[k].half(), other[k].half()) for k in other):
