@@ -360,7 +360,7 @@ def test_muon_steps_in_all_directions_of_a_layer_s_matrices_adamw_in_the_rest():
     dit, lr = randomised(DiT(TINY.dit)), .01
     before = {name: weight.detach().clone() for name, weight in dit.named_parameters()}
     adamw, muon = train.optimizers(dit, lr)
-    taken = [weight for optimizer in (adamw, muon) for weight in optimizer.param_groups[0]["params"]]
+    taken = adamw.param_groups[0]["params"] + muon.param_groups[0]["params"]
     assert len(taken) == len(before) == len(set(taken))
     column, row = torch.randn(2, 512)
     for weight in dit.parameters():         # one direction, far louder than all others
