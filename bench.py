@@ -32,10 +32,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from flow import (COLOURS, DIRECTIONS, HELD_OUT, RAFT, SHAPES, TRAVEL, TURNS, autocast, bouncing,
-                  estimate_flow, fast_dtype, flow_to_rgb, report_errors, rgb_to_flow,
+                  estimate_flow, fast_dtype, flow_to_rgb, optimizers, report_errors, rgb_to_flow,
                   signed_distance, sprite_clips, write_text)
-from train import (can_compile, device_of, grid, optimizers, read_lines, saved_bytes, say_cut,
-                   weights_of, write_video)
+from train import (can_compile, device_of, grid, read_lines, saved_bytes, say_cut, weights_of,
+                   write_video)
 from videojam import (VideoJAM, euler_sample, linear_quadratic, noised, squared_errors, tokenize,
                       velocity)
 

@@ -142,6 +142,20 @@ class Muon(torch.optim.Optimizer):
                     weight.add_(update.view_as(weight), alpha=step)
 
 
+def optimizers(model, lr):
+    """[AdamW, Muon]: Muon for the matrices of Linears and the kernels of convolutions, AdamW for
+    all else. Their states are made at once, so that a checkpoint can fill them."""
+    matrices = {module.weight: None for module in model.modules()
+                if isinstance(module, (nn.Linear, nn.Conv2d))}
+    others = [weight for weight in model.parameters() if weight not in matrices]
+    adamw = torch.optim.AdamW(others, lr, (.9, .99), weight_decay=0, fused=True)
+    for weight in others:
+        adamw.state[weight] = {"step": torch.zeros((), device=weight.device),
+                               "exp_avg": torch.zeros_like(weight),
+                               "exp_avg_sq": torch.zeros_like(weight)}
+    return [adamw, Muon(matrices, lr)]
+
+
 # ---------------------------------------------------------------- Sec. 4.2: flow as RGB (Eq. 5)
 
 def flow_to_rgb(flow, sigma=0.15):
@@ -924,8 +938,7 @@ def train_raft(out="runs/raft", steps=20_000, batch=8, lr=4e-4, weights=None, im
     torch.manual_seed(0)
     raft = RAFT.load(weights) if weights else RAFT()
     raft.requires_grad_(True).to(device, memory_format=torch.channels_last).train()
-    adamw = torch.optim.AdamW([w for w in raft.parameters() if w.ndim != 4], lr, weight_decay=0)
-    muon = Muon([w for w in raft.parameters() if w.ndim == 4], lr)
+    adamw, muon = optimizers(raft, lr)
     start, scores = 0, {}
     if (out / "state.pt").exists():
         state = read_file(out / "state.pt", "raft training with Muon")

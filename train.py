@@ -50,8 +50,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from flow import (HELD_OUT, RAFT, ROOT, Muon, autocast, estimate_flow, fast_dtype, flow_to_rgb,
-                  read_file, report_errors, sprite_clips, write_file, write_tensors, write_text)
+from flow import (HELD_OUT, RAFT, ROOT, autocast, estimate_flow, fast_dtype, flow_to_rgb,
+                  optimizers, read_file, report_errors, sprite_clips, write_file, write_tensors,
+                  write_text)
 from videojam import (PRESETS, TAE, DiT, Preset, VideoJAM, initialize, squared_errors, tae_loss,
                       tokenize, widen)
 
@@ -60,7 +61,7 @@ STAGES = ("tae", "encode", "base", "jam", "control")
 # sprite world, or at most of each video, and its batch is a GPU's. The control has jam's row; the
 # paper's fine-tuning is 50,000 x 32 (4b) and 35,000 x 256 (30b) at 5e-6
 DEFAULTS = {
-    "toy": {"tae": (900, 1e-3, 4), "encode": (6144, 0, 32), "base": (3400, 3e-3, 32),
+    "toy": {"tae": (600, 1e-3, 4), "encode": (6144, 0, 32), "base": (3400, 3e-3, 32),
             "jam": (700, 2e-3, 32)},
     "small": {"tae": (50_000, 3e-4, 8), "encode": (64, 0, 8), "base": (200_000, 2e-4, 64),
               "jam": (20_000, 5e-5, 64)},
@@ -69,7 +70,7 @@ DEFAULTS = {
     "30b": {"tae": (300_000, 1e-4, 32), "encode": (4, 0, 1), "base": (500_000, 1e-4, 1024),
             "jam": (35_000, 5e-6, 256)},
 }
-VERSION = 7                             # of a run's folder: raised when old runs cannot go on
+VERSION = 8                             # of a run's folder: raised when old runs cannot go on
 SHARD = 256                             # clips in a file of latents
 CHECKPOINT_SECONDS = 60                 # between two; or 20 times what one takes to write
 T_BINS = 5                              # losses are reported apart for t in [0, .2), [.2, .4), ...
@@ -733,21 +734,6 @@ def summary(reports):
             row[name.replace("loss", "bins")] = [round(float(part.mean()), 6) if len(part) else None
                                                  for part in parts]
     return row
-
-
-def optimizers(model, lr):
-    """Muon for the matrices inside a DiT's layers, AdamW for all else. Their states are made at
-    once, so that a checkpoint can fill them."""
-    layers = [model.text.layers, model.blocks] if isinstance(model, DiT) else []
-    matrices = {module.weight: None for part in layers for module in part.modules()
-                if isinstance(module, torch.nn.Linear)}
-    others = [weight for weight in model.parameters() if weight not in matrices]
-    adamw = torch.optim.AdamW(others, lr, (.9, .99), weight_decay=0, fused=True)
-    for weight in others:
-        adamw.state[weight] = {"step": torch.zeros((), device=weight.device),
-                               "exp_avg": torch.zeros_like(weight),
-                               "exp_avg_sq": torch.zeros_like(weight)}
-    return [adamw, Muon(matrices, lr)] if matrices else [adamw]
 
 
 def optimize(run, stage, model, load, loss_of, preview, stream=None, origin=None):
