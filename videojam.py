@@ -193,15 +193,23 @@ def tae_loss(tae, video, mse_weight=3., kl_weight=1e-5, outlier_weight=1e-2, r=3
 # ---------------------------------------------------------------- App. C: text, as bytes
 
 PAD, END, VOCABULARY = 0, 257, 258      # tokens 1..256 are the bytes 0..255 (as in ByT5)
+FOLD = 4                                # so many tokens become one position of the text encoder
 
 
 def tokenize(prompts, max_bytes=None):
     """List of str -> LongTensor (B, L): UTF-8 bytes + 1, then END, then PAD up to the longest. The
-    null prompt "" is END alone. Prompts of more than max_bytes are cut at a character's end."""
+    null prompt "" is END alone. Prompts of more than max_bytes are cut at a character's end.
+
+    PAD also fills up after each space, so that words begin at multiples of FOLD: a word is folded
+    alike wherever it stands. The toy learns to move as named much sooner."""
     rows = []
     for prompt in prompts:
-        data = prompt.encode()[:max_bytes].decode(errors="ignore").encode()
-        rows.append(torch.tensor([byte + 1 for byte in data] + [END]))
+        row = []
+        for byte in prompt.encode()[:max_bytes].decode(errors="ignore").encode():
+            row.append(byte + 1)
+            if byte == ord(" "):
+                row += [PAD] * (-len(row) % FOLD)
+        rows.append(torch.tensor(row + [END]))
     return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
 
 
@@ -309,24 +317,22 @@ class TextLayer(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Bytes (B, L) -> features (B, ceil(L / 4), text_width), mask (B, 1, 1, ceil(L / 4)) that hides
-    padding. Every FOLD bytes become one position at first: there are more bytes than video tokens.
-    Stands for the paper's UL2, ByT5 and MetaCLIP; trained together with the DiT."""
-    FOLD = 4
-
+    """Tokens (B, L) -> features (B, ceil(L / FOLD), text_width), mask (B, 1, 1, ceil(L / FOLD))
+    that hides padding. Every FOLD tokens become one position at first: there are more bytes than
+    video tokens. Stands for the paper's UL2, ByT5 and MetaCLIP; trained together with the DiT."""
     def __init__(self, config):
         super().__init__()
         width, heads = config.text_width, round(config.text_width / 64)
         self.embed, self.head_dim = nn.Embedding(VOCABULARY, width), width // heads
-        self.fold = nn.Linear(self.FOLD * width, width, bias=False)
+        self.fold = nn.Linear(FOLD * width, width, bias=False)
         self.layers = nn.ModuleList([TextLayer(width, heads) for _ in range(config.text_depth)])
 
     def forward(self, tokens):
-        tokens = F.pad(tokens, (0, -tokens.shape[1] % self.FOLD), value=PAD)
+        tokens = F.pad(tokens, (0, -tokens.shape[1] % FOLD), value=PAD)
         (B, L), visible = tokens.shape, tokens != PAD
-        x = self.fold((self.embed(tokens) * visible[..., None]).view(B, L // self.FOLD, -1))
-        mask = visible.view(B, L // self.FOLD, self.FOLD).any(2)[:, None, None, :]
-        rope = rope_table((L // self.FOLD,), self.head_dim, tokens.device)
+        x = self.fold((self.embed(tokens) * visible[..., None]).view(B, L // FOLD, -1))
+        mask = visible.view(B, L // FOLD, FOLD).any(2)[:, None, None, :]
+        rope = rope_table((L // FOLD,), self.head_dim, tokens.device)
         for tensor, axis in ((x, 1), (mask, 3), (rope[0], 0), (rope[1], 0)):
             torch._dynamo.maybe_mark_dynamic(tensor, axis)      # one compilation for all lengths
         for layer in self.layers:

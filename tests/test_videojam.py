@@ -135,6 +135,9 @@ def test_tae_says_which_shape_it_takes_and_got(shape):
 def test_tokens_are_bytes_plus_one_then_end_then_padding():
     assert tokenize(["aé", "", "\0"]).tolist() == [[98, 0xc3 + 1, 0xa9 + 1, END],
                                                   [END, PAD, PAD, PAD], [1, END, PAD, PAD]]
+    assert tokenize(["a redé b ", " c"]).tolist() == [
+        [98, 33, PAD, PAD, 115, 102, 101, 0xc3 + 1, 0xa9 + 1, 33, PAD, PAD, 99, 33, PAD, PAD, END],
+        [33, PAD, PAD, PAD, 100, END] + [PAD] * 11]         # words begin at multiples of four
     assert null_text(tokenize(["aé", ""])).tolist() == tokenize(["", "abc"])[:1].tolist() * 2
 
 
