@@ -353,10 +353,8 @@ def test_two_processes_are_one_and_checkpoints_come_back_on_another_number(tmp_p
         assert before["step"] == again["step"] == 20 and start["step"] == 16
         for part in ("model", "ema"):
             for name, weight in before[part].items():
-                # (Muon works in bf16, and raises the smallest parts of a gradient to the size of
-                # the largest: sums in another order show, in up to 3% of the way of these steps)
                 way = (weight - start[part][name]).norm()
-                assert (again[part][name] - weight).norm() <= .1 * way + 1e-6, name
+                assert (again[part][name] - weight).norm() <= 1e-3 * way + 1e-6, name
 
 
 @pytest.mark.parametrize("model", (DiT(TINY.dit), TAE(TINY.tae)), ids=("dit", "tae"))
