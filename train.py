@@ -53,8 +53,8 @@ from tqdm import tqdm
 from flow import (HELD_OUT, RAFT, ROOT, autocast, estimate_flow, fast_dtype, flow_to_rgb,
                   optimizers, read_file, report_errors, sprite_clips, write_file, write_tensors,
                   write_text)
-from videojam import (PRESETS, TAE, DiT, Preset, VideoJAM, initialize, squared_errors, tae_loss,
-                      tokenize, widen)
+from videojam import (FOLD, PRESETS, TAE, DiT, Preset, VideoJAM, initialize, squared_errors,
+                      tae_loss, tokenize, widen)
 
 STAGES = ("tae", "encode", "base", "jam", "control")
 # preset -> stage -> (steps, learning rate, batch over all GPUs). encode's "steps" are clips of the
@@ -1113,7 +1113,7 @@ def dry_run(args):
     rows = [
         ("parameters, DiT with motion rows", f"{P / 1e9:.3f} B"),
         ("parameters, TAE", f"{sum(p.numel() for p in tae.parameters()) / 1e6:.1f} M"),
-        ("tokens a clip", f"{tokens:,} of video, {preset.dit.max_bytes // 4} of text"),
+        ("tokens a clip", f"{tokens:,} of video, {preset.dit.max_bytes // FOLD} of text"),
         ("FLOPs a clip, forward", f"{F_forward / 1e12:,.2f} T"),
         ("FLOPs a clip, training step", f"{train[False] / 1e12:,.2f} T, with recomputation "
                                         f"{train[True] / 1e12:,.2f} T"),
