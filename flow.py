@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor, Shard
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
@@ -103,7 +104,13 @@ def autocast(device, dtype=None):
 def orthogonalized(matrices):
     """(n, rows, columns): others of the same singular vectors whose singular values are about 1 (.7
     to 1.2; far below the largest, less): X <- a X + (b A + c A^2) X, A = X X^T, five times, as Muon
-    has it."""
+    has it. Where their rows are sharded, each process takes whole ones, its share of the n."""
+    if isinstance(matrices, DTensor):
+        rows, mesh = matrices.placements, matrices.device_mesh
+        taken = matrices.redistribute(placements=[Shard(0) if p.is_shard() else p for p in rows])
+        done = DTensor.from_local(orthogonalized(taken.to_local()).contiguous(), mesh,
+                                  taken.placements, shape=taken.shape, stride=taken.stride())
+        return done.redistribute(placements=rows)
     wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
     X = wide.to(fast_dtype(matrices.device))
     X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -132,13 +139,15 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             alike = {}                  # of one shape, multiplied at once: fewer, larger products
             for weight in group["params"]:
-                average = self.state[weight]["momentum"].lerp_(weight.grad, 1 - group["momentum"])
-                matrix = weight.grad.lerp(average, group["momentum"]).flatten(1)
-                alike.setdefault(matrix.shape, []).append((weight, matrix))
-            for shape, pairs in alike.items():
-                updates = orthogonalized(torch.stack([matrix for _, matrix in pairs]))
-                step = -group["lr"] * .2 * max(shape) ** .5
-                for (weight, _), update in zip(pairs, updates):
+                alike.setdefault(weight.shape, []).append(weight)
+            for weights in alike.values():
+                matrices = []
+                for weight in weights:
+                    average = self.state[weight]["momentum"]
+                    average.lerp_(weight.grad, 1 - group["momentum"])
+                    matrices.append(weight.grad.lerp(average, group["momentum"]).flatten(1))
+                step = -group["lr"] * .2 * max(matrices[0].shape) ** .5
+                for weight, update in zip(weights, orthogonalized(torch.stack(matrices))):
                     weight.add_(update.view_as(weight), alpha=step)
 
 
