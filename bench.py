@@ -688,6 +688,7 @@ def speed(args):
         z = torch.randn(B, shape[0] * (1 + model.config.motion), *shape[1:], device=device)
 
         def gradients():
+            model.zero_grad()
             with autocast(device):
                 loss = squared_errors(model, z, y, shape[0])[1].mean()
             loss.backward()
@@ -696,7 +697,6 @@ def speed(args):
             gradients()
             for optimizer in optimizing:
                 optimizer.step()
-            model.zero_grad()
         return step, gradients
 
     def sampling(mode):
