@@ -10,6 +10,7 @@ frame k + 1; the last one is repeated, so that flow and video have the same leng
 import argparse
 import functools
 import itertools
+import logging
 import math
 import os
 import re
@@ -27,6 +28,7 @@ from torch.distributed.tensor import DTensor, Shard
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
+logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)     # it warns of every resized video
 
 # ---------------------------------------------------------------- files and errors, for all scripts
 
@@ -60,6 +62,16 @@ def write_file(path, save):
         raise ValueError(f"cannot write {path}: {reason}") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_video(path, frames):
+    """OSError where a video that was just written is not whole, of which ffmpeg says nothing."""
+    try:
+        whole = imageio_ffmpeg.count_frames_and_secs(str(path))[0] == frames
+    except RuntimeError:
+        whole = False
+    if not whole:
+        raise OSError("the video is not whole, is the disk full?")
 
 
 def write_text(path, text):
@@ -574,6 +586,9 @@ class RAFT(nn.Module):
         self.update_block = UpdateBlock()
 
     def forward(self, frame1, frame2, iters=12):
+        if frame1.shape != frame2.shape:
+            raise ValueError(f"frames of different sizes: {tuple(frame1.shape)} and "
+                             f"{tuple(frame2.shape)}")
         flows = self.flows(self.prepare(torch.cat([frame1, frame2])), iters)
         return [self.restore(flow, *frame1.shape[-2:]) for flow in flows]
 
@@ -683,8 +698,10 @@ def estimate_flow(raft, video, iters=12):
     Each frame's features are computed once, memory does not grow with T apart from the result, and
     products are in bf16 where that is fast.
     ValueError where the video has another shape, one frame only, or NaN or infinite pixels."""
-    if video.dim() != 5 or video.shape[2] != 3:
-        raise ValueError(f"a video is (B, T, 3, H, W), this one is {tuple(video.shape)}")
+    if video.dim() != 5 or video.shape[2] != 3 or not video.is_floating_point():
+        raise ValueError(f"a video is (B, T, 3, H, W) in [0, 1], this one is "
+                         f"{tuple(video.shape)}, {str(video.dtype)[6:]}")
+    video = video.float()
     B, T, _, H, W = video.shape
     if T < 2:
         raise ValueError("flow needs two frames at least, the video has one")
@@ -935,30 +952,37 @@ def validate(raft, out, clips=4):
 
 
 def train_raft(out="runs/raft", steps=20_000, batch=8, lr=4e-4, weights=None, images=None,
-               iters=8, every=500):
+               iters=8, every=500, seed=0):
     """Trains RAFT, from nothing or from `weights`; a second call on the same folder goes on where
     the first stopped, and ends with the same weights as an uninterrupted one.
 
-    images: a folder of photographs that become textures. Writes out/state.pt (to resume),
+    images: a folder of photographs that become textures; seed: of the pairs, so that a training
+    that begins from another's weights need not see the same ones. Writes out/state.pt (to resume),
     out/raft.pt (fp16 weights) and out/preview.png (see `validate`) every `every` steps."""
     out, device = Path(out), "cuda" if torch.cuda.is_available() else "cpu"
     photos = read_photos(images) if images else ()
-    out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     raft = RAFT.load(weights) if weights else RAFT()
+    out.mkdir(parents=True, exist_ok=True)
     raft.requires_grad_(True).to(device, memory_format=torch.channels_last).train()
     adamw, muon = optimizers(raft, lr)
+    settings = {"batch": batch, "lr": lr, "weights": weights and str(weights),
+                "images": images and str(images), "iters": iters, "seed": seed}
     start, scores = 0, {}
     if (out / "state.pt").exists():
         state = read_file(out / "state.pt", "raft training with Muon")
+        if changed := [f"{k} {v!r}, not {settings[k]!r}" for k, v in state["settings"].items()
+                       if v != settings[k]]:
+            raise ValueError(f"{out} was begun with {'; '.join(changed)}: take another --out")
         start = state["step"]
         raft.load_state_dict(state["model"])
         adamw.load_state_dict(state["adamw"])
         muon.load_state_dict(state["muon"])
 
     def save(step):
-        state = {"kind": "raft training with Muon", "step": step, "model": raft.state_dict(),
-                 "adamw": adamw.state_dict(), "muon": muon.state_dict()}
+        state = {"kind": "raft training with Muon", "settings": settings, "step": step,
+                 "model": raft.state_dict(), "adamw": adamw.state_dict(),
+                 "muon": muon.state_dict()}
         half = {key: value.half() for key, value in raft.state_dict().items()}
         write_tensors(out / "state.pt", state)
         write_tensors(out / "raft.pt", half)
@@ -968,7 +992,8 @@ def train_raft(out="runs/raft", steps=20_000, batch=8, lr=4e-4, weights=None, im
         for optimizer in (adamw, muon):             # a warm-up, then down to nothing in a line
             optimizer.param_groups[0]["lr"] = lr * min((step + 1) / (.05 * steps),
                                                        (steps - step) / (.95 * steps))
-        frame1, frame2, truth = (t.to(device) for t in training_pairs(step, batch, photos))
+        frame1, frame2, truth = (t.to(device) for t in training_pairs(
+            seed * 100_000 + step, batch, photos))
         with autocast(device):
             flows = raft.flows(torch.cat([frame1, frame2]) * 2 - 1, iters)
         # sequence loss: all iterations count, later ones more. Of the root of the error, since what
@@ -1003,6 +1028,8 @@ def read_flow(path):
     else:
         reader = imageio_ffmpeg.read_frames(str(path), pix_fmt="rgb48le", bits_per_pixel=48)
         try:
+            if path.read_bytes()[24] != 16:         # bits: ffmpeg would widen fewer
+                raise ValueError
             width, height = next(reader)["size"]
             data = np.frombuffer(next(reader), "<u2").reshape(height, width, 3).astype(np.float32)
         except Exception:                           # whatever the decoder says of other files
@@ -1018,6 +1045,8 @@ def read_image(path):
         image = iio.imread(path)
     except Exception:                               # whatever the decoder says of other files
         raise ValueError(f"{path}: not an image") from None
+    if image.ndim not in (2, 3):
+        raise ValueError(f"{path}: several images")
     image = image[..., None].repeat(3, -1) if image.ndim == 2 else image[..., :3]
     return torch.from_numpy(image.copy()).permute(2, 0, 1).float() / 255
 
@@ -1027,7 +1056,8 @@ def evaluate(raft, folder):
     frame10.png and frame11.png in a folder, flow10.flo or flow10.png beside them or in the folder
     of the same name elsewhere (other-data/Venus, other-gt-flow/Venus)."""
     folder, rows = Path(folder), []
-    truths = {p.parent.name: p for p in sorted(folder.rglob("flow10.*"))}
+    # (Middlebury's flow10.png is a picture beside the .flo, which is therefore the last here)
+    truths = {p.parent.name: p for p in sorted(folder.rglob("flow10.*"), reverse=True)}
     firsts = sorted(p for p in folder.rglob("frame10.*") if p.parent.name in truths)
     if not firsts:
         raise ValueError(f"{folder}: no frame10.png with a flow10.flo or flow10.png of its "
@@ -1060,11 +1090,7 @@ def render_flow(raft, path, chunk=16):
 
     def write(temporary):
         nonlocal total, largest, count
-        writer = imageio_ffmpeg.write_frames(
-            str(temporary), (width, height), fps=meta["fps"], macro_block_size=2,
-            output_params=["-crf", "12"])
-        writer.send(None)
-        frames, rgb = [], None
+        frames, rgb, writer = [], None, None
         for data in itertools.chain(reader, [None]):
             if data is not None:
                 frames.append(torch.frombuffer(bytearray(data), dtype=torch.uint8).view(
@@ -1076,15 +1102,20 @@ def render_flow(raft, path, chunk=16):
                 total, largest = total + size.sum().item(), max(largest, size.max().item())
                 count += size.numel()
                 rgb = (flow_to_rgb(flow) * 255).round().byte().permute(0, 2, 3, 1).contiguous()
+                if writer is None:
+                    writer = imageio_ffmpeg.write_frames(
+                        str(temporary), (width, height), fps=meta["fps"], macro_block_size=2,
+                        output_params=["-crf", "12"])
+                    writer.send(None)
                 for picture in rgb:
                     writer.send(picture.numpy().tobytes())
                 bar.update(len(flow))
                 frames = frames[-1:]
-        if rgb is None:
-            writer.close()
+        if writer is None:
             raise ValueError(f"{path}: flow needs two frames at least, the video has {len(frames)}")
         writer.send(rgb[-1].numpy().tobytes())      # the last one is repeated
         writer.close()
+        check_video(temporary, count // (width * height) + 1)
 
     pairs = max(1, round(meta["duration"] * meta["fps"]) - 1)
     with tqdm(total=pairs, desc="estimating", unit="pair") as bar:
@@ -1105,11 +1136,14 @@ def main():
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=4e-4)
     parser.add_argument("--images", help="a folder of photographs for textures")
+    parser.add_argument("--seed", type=int, default=0, help="of the training's pairs")
     args = parser.parse_args()
     if args.train:
-        if args.batch < 3 or args.steps < 1 or not args.lr > 0:
-            raise ValueError("--batch must be 3 at least, --steps and --lr positive")
-        return train_raft(args.out, args.steps, args.batch, args.lr, args.weights, args.images)
+        if args.batch < 3 or args.steps < 1 or not args.lr > 0 or not 0 <= args.seed < 100:
+            raise ValueError("--batch must be 3 at least, --steps and --lr positive, --seed from 0 "
+                             "to 99")
+        return train_raft(args.out, args.steps, args.batch, args.lr, args.weights, args.images,
+                          seed=args.seed)
     raft = RAFT.load(args.weights or ROOT / "weights/raft.pt")
     raft.to("cuda" if torch.cuda.is_available() else "cpu")
     if args.eval:

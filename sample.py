@@ -46,6 +46,8 @@ def read_prompts(args):
         prompts += read_lines(args.prompts)
     if not prompts:
         raise ValueError('no prompt: try "a red square moves left"')
+    if any("\ud800" <= character <= "\udfff" for character in "".join(prompts)):
+        raise ValueError("a prompt is not UTF-8")
     return prompts
 
 
@@ -56,8 +58,7 @@ def output_files(args, prompts):
     else:
         name = re.sub(r"[^\w]+", "-", prompts[0]).strip("-")[:60] or "video"
         first = Path("outputs") / f"{name}.mp4"
-        if not first.parent.exists():
-            first.parent.mkdir()
+        first.parent.mkdir(exist_ok=True)
     if first.suffix not in (".mp4", ".gif"):
         raise ValueError(f"--out {first}: the name must end in .mp4 or .gif")
     if not first.parent.is_dir() or not os.access(first.parent, os.W_OK):
@@ -73,12 +74,14 @@ def main():
     for name in ("n", "steps", "upscale"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} must be positive, got {getattr(args, name)}")
+    if not abs(args.seed) < 2 ** 62:
+        raise ValueError(f"--seed must be below 2^62, got {args.seed}")
     prompts = read_prompts(args)
-    files = output_files(args, prompts)
     weights = weights_of(args)
     device = device_of(args.device)
     model = VideoJAM.load(weights, args.which, device)
     base = VideoJAM.load(weights, "base", device) if args.compare else None
+    files = output_files(args, prompts)
     if args.motion and not model.dit.config.motion:
         raise ValueError(f"--motion: the {args.which} model predicts no motion")
     say_cut(prompts, model.config.dit.max_bytes)

@@ -25,7 +25,6 @@ import datetime
 import functools
 import itertools
 import json
-import logging
 import os
 import shutil
 import signal
@@ -50,11 +49,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from flow import (HELD_OUT, RAFT, ROOT, autocast, estimate_flow, fast_dtype, flow_to_rgb,
-                  optimizers, read_file, report_errors, sprite_clips, write_file, write_tensors,
-                  write_text)
-from videojam import (FOLD, PRESETS, TAE, DiT, Preset, VideoJAM, initialize, squared_errors,
-                      tae_loss, tokenize, widen)
+from flow import (HELD_OUT, RAFT, ROOT, autocast, check_video, estimate_flow, fast_dtype,
+                  flow_to_rgb, optimizers, read_file, report_errors, sprite_clips, write_file,
+                  write_tensors, write_text)
+from videojam import (FOLD, PRESETS, TAE, DiT, VideoJAM, cut, initialize, read_bundle,
+                      squared_errors, tae_loss, tokenize, widen)
 
 STAGES = ("tae", "encode", "base", "jam", "control")
 # preset -> stage -> (steps, learning rate, batch over all GPUs). encode's "steps" are clips of the
@@ -110,8 +109,7 @@ def agreed(device, *flags):
 
 SUFFIXES = {".mp4", ".mov", ".webm", ".avi", ".gif", ".mkv", ".m4v", ".mpg", ".mpeg"}
 CAPTION_COLUMNS = ("text", "caption", "prompt")
-logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)     # it warns of every resized video
-# nor need anyone know that one process saves alone, or that nobody writes into the TAE's output
+# nobody need know that one process saves alone, or that nobody writes into the TAE's output
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
 warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
 
@@ -134,6 +132,8 @@ def find_videos(folder):
                         [json.loads(line) for line in file if line.strip()]
             except (csv.Error, json.JSONDecodeError) as error:
                 raise ValueError(f"{folder / name}: cannot be read: {error}") from None
+            if not all(isinstance(row, dict) for row in rows):
+                raise ValueError(f"{folder / name}: each of its lines must be an object, {{...}}")
             column = next((c for c in CAPTION_COLUMNS if any(c in row for row in rows)), None)
             if not rows or not column or not any("file_name" in row for row in rows):
                 raise ValueError(f"{folder / name}: needs rows with file_name and one of "
@@ -239,7 +239,7 @@ class Folder:
         if rank() == 0:
             self.examine_all(out / "videos.json", workers)
         wait_for_all()
-        listing = json.loads((out / "videos.json").read_text())
+        listing = read_json(out / "videos.json")
         self.videos = {name: entry for name, entry in listing.items() if "frames" in entry}
         if not self.videos:
             raise ValueError(f"{folder}: none of its {len(listing)} videos can be used")
@@ -254,7 +254,7 @@ class Folder:
         """Writes {name: {caption, frames} or {reason}}; files that have not changed since the last
         time are not opened again. Says what was found, used and skipped, and why."""
         layout, found = find_videos(self.folder)
-        before = json.loads(path.read_text()) if path.is_file() else {}
+        before = read_json(path) if path.is_file() else {}
         listing = {}
 
         def entry(name, caption):
@@ -367,7 +367,7 @@ class Latents:
     def __init__(self, folder):
         self.folder = folder
         self.shards = sorted(path.stem for path in folder.glob("[0-9]*.json"))
-        contents = [json.loads((folder / f"{name}.json").read_text()) for name in self.shards]
+        contents = [read_json(folder / f"{name}.json") for name in self.shards]
         captions = [content["captions"] for content in contents]
         self.captions = list(itertools.chain(*captions))
         self.skipped = {name: reason for content in contents
@@ -423,10 +423,10 @@ def generator(*key):
 
 def device_of(name):
     """The device that --device names. ValueError where this machine has none such."""
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"--device {name}: no such device, take cpu or cuda") from None
+    with contextlib.suppress(RuntimeError, AssertionError):
+        if (device := torch.empty(0, device=name).device).type != "meta":
+            return device
+    raise ValueError(f"--device {name}: no such device, take cpu or cuda")
 
 
 def can_compile(device):
@@ -436,13 +436,13 @@ def can_compile(device):
 
 def weights_of(args):
     """The bundle that --run names; without it, the shipped one."""
-    return Path(args.run) / "model.pt" if args.run else ROOT / "weights/toy.pt"
+    return ROOT / "weights/toy.pt" if args.run is None else Path(args.run) / "model.pt"
 
 
 def read_lines(path):
     """The prompts of a text file, one a line; ValueError where there are none."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {path}: {getattr(error, 'strerror', 'not UTF-8')}") from None
     prompts = [line.strip() for line in lines if line.strip()]
@@ -454,9 +454,17 @@ def read_lines(path):
 def say_cut(prompts, most):
     """Tells which prompts are longer than a model takes: they are cut at a character's end."""
     for prompt in dict.fromkeys(prompts):
-        if len(data := prompt.encode()) > most:
-            print(f"a prompt has {len(data)} bytes, the model takes {most}: cut to "
-                  f"{data[:most].decode(errors='ignore')!r}")
+        if (kept := cut(prompt, most)) != prompt:
+            print(f"a prompt has {len(prompt.encode())} bytes, the model takes {most}: cut to "
+                  f"{kept!r}")
+
+
+def read_json(path):
+    """What a .json file of a run says; ValueError where it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        raise ValueError(f"{path}: damaged, not JSON") from None
 
 
 def write_video(path, video, fps, scale=None):
@@ -466,7 +474,13 @@ def write_video(path, video, fps, scale=None):
     frames = frames.repeat(scale, 1).repeat(scale, 2)
     options = {"duration": 1000 / fps, "loop": 0} if Path(path).suffix == ".gif" else \
         {"plugin": "FFMPEG", "fps": fps, "macro_block_size": 2, "output_params": ["-crf", "12"]}
-    write_file(path, lambda temporary: iio.imwrite(temporary, frames, **options))
+
+    def save(temporary):
+        iio.imwrite(temporary, frames, **options)
+        if Path(path).suffix != ".gif":
+            check_video(temporary, len(frames))
+
+    write_file(path, save)
 
 
 def grid(*videos):
@@ -476,6 +490,15 @@ def grid(*videos):
 
 
 # ---------------------------------------------------------------- a run and its folder
+
+def fill(state, path, alone=False):
+    """Reads the tensors of `state` from a checkpoint's folder, with all processes or alone."""
+    try:
+        dcp.load(state, checkpoint_id=path, no_dist=alone or not dist.is_initialized())
+    except (Exception, dcp.api.CheckpointException):    # (which is no Exception)
+        raise ValueError(f"{path}: damaged, or of another model: delete it, and the same command "
+                         f"goes on from the checkpoint before") from None
+
 
 class Run:
     """A run's folder and what all of its stages share."""
@@ -488,7 +511,7 @@ class Run:
                     **json.loads(json.dumps(dataclasses.asdict(self.preset)))}
         path = self.out / "settings.json"
         if path.is_file():
-            before = json.loads(path.read_text())
+            before = read_json(path)
             changed = "; ".join(f"{k} {before.get(k)!r}, not {v!r}" for k, v in settings.items()
                                 if before.get(k) != v)
             if changed:
@@ -497,35 +520,31 @@ class Run:
             raise ValueError(f"--data {args.data}: no such folder")
         if args.data:
             find_videos(args.data)              # says what is wrong before anything is written
-        self.bundle = read_file(args.init, "videojam") if args.init else None
-        if self.bundle and dataclasses.replace(
-                Preset.from_dict(self.bundle["config"]), sigma=args.sigma) != self.preset:
-            raise ValueError(f"--init {args.init}: of another size than the preset {args.preset}")
-        if self.bundle:
-            with torch.device("meta"):
-                names = self.new_dit().state_dict().keys()
-            if any(dit.keys() != names for dit in self.bundle["dits"].values()):
-                raise ValueError(f"--init {args.init}: made by another version, whose DiT has "
-                                 f"other weights")
-        if self.bundle and (self.out / "tae.pt").exists():
-            mine, other = read_file(self.out / "tae.pt", "tae")["state"], self.bundle["tae"]
-            if not all(torch.equal(mine[k].half(), other[k].half()) for k in other):
-                raise ValueError(f"--init {args.init}: its TAE is not that of {self.out}, take "
-                                 f"another --out")
-        for stage in [args.stage] if args.stage else ("base", "jam", "control"):
-            dits = set(self.bundle["dits"]) if self.bundle else {"base"}
-            if stage in ("base", "jam", "control") and not dits & {stage, "base"}:
-                raise ValueError(f"--init {args.init}: has no base model to start {stage} from, "
-                                 f"only {', '.join(dits)}")
+        self.init = read_bundle(args.init) if args.init else None
+        if self.init:
+            preset, tae, dits = self.init
+            if dataclasses.replace(preset, sigma=args.sigma) != self.preset:
+                raise ValueError(f"--init {args.init}: of another size than the preset "
+                                 f"{args.preset}")
+            if (self.out / "tae.pt").exists():
+                mine = self.tae().half().state_dict()
+                if not all(torch.equal(mine[k].cpu(), v) for k, v in tae.state_dict().items()):
+                    raise ValueError(f"--init {args.init}: its TAE is not that of {self.out}, take "
+                                     f"another --out")
+            for stage in [args.stage] if args.stage else ("base", "jam", "control"):
+                if stage in ("base", "jam", "control") and not dits.keys() & {stage, "base"}:
+                    raise ValueError(f"--init {args.init}: has no base model to start {stage} "
+                                     f"from, only {', '.join(dits)}")
         for folder in ("previews", "latents", "checkpoints"):
             (self.out / folder).mkdir(parents=True, exist_ok=True)
         wait_for_all()
         if rank() == 0:
-            for half_written in self.out.rglob(".*.part*"):     # by a run that was killed
-                half_written.unlink(missing_ok=True)
+            for folder in (".", "previews", "latents"):
+                for half_written in (self.out / folder).glob(".*.part*"):   # by a killed run
+                    half_written.unlink(missing_ok=True)
             write_text(path, json.dumps(settings, indent=1))
-            if self.bundle and not (self.out / "tae.pt").exists():
-                self.write_tae(self.bundle["tae"], f"--init {args.init}")
+            if self.init and not (self.out / "tae.pt").exists():
+                self.write_tae(tae.state_dict(), f"--init {args.init}")
         wait_for_all()
 
     @functools.cached_property
@@ -553,7 +572,10 @@ class Run:
         if not path.exists():
             raise ValueError(f"{self.out}: has no tae yet, run --stage tae first")
         tae = TAE(self.preset.tae)
-        tae.load_state_dict(read_file(path, "tae")["state"])
+        try:
+            tae.load_state_dict(read_file(path, "tae")["state"])
+        except (LookupError, TypeError, RuntimeError):
+            raise ValueError(f"{path}: not the TAE of preset {self.args.preset}") from None
         return tae.to(self.device).eval().requires_grad_(False)
 
     # checkpoints: a folder each, complete once it has its status.json
@@ -561,8 +583,8 @@ class Run:
     def last(self, stage):
         """The folder and the status of a stage's last complete checkpoint, or two None."""
         for path in sorted((self.out / "checkpoints").glob(f"{stage}-*"), reverse=True):
-            if (path / "status.json").is_file():
-                return path, json.loads((path / "status.json").read_text())
+            if (path / "status.json").is_file() and (path / ".metadata").is_file():
+                return path, read_json(path / "status.json")
         return None, None
 
     def save(self, stage, step, state, status):
@@ -600,7 +622,7 @@ class Run:
 
     def average(self, path, module):
         """Fills a whole module, on this process alone, with the average (EMA) of a checkpoint."""
-        dcp.load({"ema": dict(module.named_parameters())}, checkpoint_id=path, no_dist=True)
+        fill({"ema": dict(module.named_parameters())}, path, alone=True)
         return module
 
     def log(self, **row):
@@ -638,9 +660,8 @@ class Run:
                     del done["control"]
             dits = {stage: self.whole_dit(path, stage, torch.float16)
                     for stage, (path, _) in done.items()}
-            if "base" not in dits and self.bundle and "base" in self.bundle["dits"]:
-                dits["base"] = self.new_dit()       # what they began from stands beside them
-                dits["base"].load_state_dict(self.bundle["dits"]["base"])
+            if self.init and "base" in self.init[2]:
+                dits.setdefault("base", self.init[2]["base"])   # what they began from, beside them
             if dits:
                 which = next(iter(dits))
                 bundle = VideoJAM(self.preset, self.tae(), dits.pop(which), which)
@@ -770,7 +791,7 @@ def optimize(run, stage, model, load, loss_of, preview, stream=None, origin=None
                              f"{stage}'s checkpoints to begin the stage again")
         step = status["step"]
         with torch.no_grad():
-            dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
+            fill(state, path)
     run.forget_after(stage, step)
     if step >= steps:
         return say(f"{stage}: {step} steps are done already")
@@ -858,7 +879,7 @@ def train_tae(run):
     """The auto-encoder of videos and their RGB flow alike; then its latents' bases."""
     torch.manual_seed(run.args.seed)
     tae, (_, _, batch) = TAE(run.preset.tae), run.setting("tae")
-    if run.bundle:
+    if run.init:
         return say(f"tae: that of {run.args.init}")
     if run.last("tae")[1] is None and (run.out / "tae.pt").exists():
         return say("tae: it is there already")
@@ -921,7 +942,7 @@ def encode(run):
     world, manifest = run.world, {"tae": mark, "shards": []}
     if rank() == 0:
         if path.exists():
-            manifest = json.loads(path.read_text())
+            manifest = read_json(path)
         if manifest["tae"] != mark:
             raise ValueError(f"{folder} was encoded by another TAE than tae.pt is now: delete it "
                              f"and the checkpoints after it, or take another --out")
@@ -933,7 +954,7 @@ def encode(run):
                 done.unlink(missing_ok=True)        # before the manifest: it has to be made again
                 manifest["shards"][s] = held
             elif done.exists():
-                content = json.loads(done.read_text())
+                content = read_json(done)
                 captions = list(map(world.caption, content["keys"], content["captions"]))
                 if captions != content["captions"]:
                     write_text(done, json.dumps({**content, "captions": captions}))
@@ -944,7 +965,7 @@ def encode(run):
         manifest["shards"] += [new[i:i + SHARD] for i in range(0, len(new), SHARD)]
         write_text(path, json.dumps(manifest))
     wait_for_all()
-    shards = json.loads(path.read_text())["shards"]
+    shards = read_json(path)["shards"]
     missing = [s for s, keys in enumerate(shards)
                if keys and not (folder / f"{s:06d}.json").exists()]
     wait_for_all()                                  # before any of them is made
@@ -1001,11 +1022,10 @@ def train_dit(run, stage):
     with torch.device("meta"):
         model = run.new_dit(motion)
     model.recompute = run.args.recompute
-    if run.bundle:
-        dits = run.bundle["dits"]
-        which = stage if stage in dits else "base"
+    if run.init:
+        which = stage if stage in run.init[2] else "base"
         origin = f"{'its own' if which == stage else which} of --init {run.args.init}"
-        source = dits[which]
+        source = run.init[2][which].state_dict()
 
         def read(tensors):
             if tensors is None:
@@ -1021,12 +1041,15 @@ def train_dit(run, stage):
                 known = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
                 return {k.removeprefix("ema."): v.size for k, v in known.items()
                         if k.startswith("ema.")}
-            dcp.load({"ema": tensors}, checkpoint_id=path, no_dist=not dist.is_initialized())
+            fill({"ema": tensors}, path)
     else:
         origin, read = None, None
     latents = Latents(run.out / "latents")
     if not latents.captions:
         raise ValueError(f"{run.out}: has no latents yet, run --stage encode first")
+    most = model.config.max_bytes
+    if long := sum(cut(caption, most) != caption for caption in latents.captions):
+        say(f"{stage}: {long} captions of more than {most} bytes are cut")
     clips, batch = len(latents.captions), run.setting(stage)[2]
     model = distribute(model, run)
     if read and run.last(stage)[0] is None:
@@ -1197,6 +1220,11 @@ def parse():
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"--{name.replace('_', '-')} must be from 0 to 1, got "
                              f"{getattr(args, name)}")
+    for name in ("data", "out", "init"):
+        if getattr(args, name) == "":
+            raise ValueError(f"--{name} is empty: leave it out, or name one")
+    if not abs(args.seed) < 2 ** 62:
+        raise ValueError(f"--seed must be below 2^62, got {args.seed}")
     if args.data:
         args.data = str(Path(args.data).resolve())
     if args.data and args.flow == "exact":

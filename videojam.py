@@ -196,6 +196,11 @@ PAD, END, VOCABULARY = 0, 257, 258      # tokens 1..256 are the bytes 0..255 (as
 FOLD = 4                                # so many tokens become one position of the text encoder
 
 
+def cut(prompt, most):
+    """A prompt's first bytes, `most` of them, up to the end of a character."""
+    return prompt.encode()[:most].decode(errors="ignore")
+
+
 def tokenize(prompts, max_bytes=None):
     """List of str -> LongTensor (B, L): UTF-8 bytes + 1, then END, then PAD up to the longest. The
     null prompt "" is END alone. Prompts of more than max_bytes are cut at a character's end.
@@ -205,7 +210,7 @@ def tokenize(prompts, max_bytes=None):
     rows = []
     for prompt in prompts:
         row = []
-        for byte in prompt.encode()[:max_bytes].decode(errors="ignore").encode():
+        for byte in cut(prompt, max_bytes).encode():
             row.append(byte + 1)
             if byte == ord(" "):
                 row += [PAD] * (-len(row) % FOLD)
@@ -658,7 +663,7 @@ PRESETS = {
     # what two CPU cores train in minutes: pixels folded 4 x 4, so that no convolution sees them all
     "toy": Preset(16, 64, 8, TAEConfig(16, 4, (48, 96, 96), ((2, 2), (2, 1)), 1),
                   DiTConfig(16, 2, 192, 6, 3, 384, 96, 2, 192)),
-    # one GPU, own videos: 149 M parameters
+    # one GPU, own videos: 151 M parameters
     "small": Preset(48, 128, 12, TAEConfig(16, 1, (64, 128, 256, 256)),
                     DiTConfig(16, 2, 768, 16, 12, 1536, 768, 2)),
     # the paper's: 4.2 B and 29 B. Width and depth are given there, the rest is our assumption
@@ -668,6 +673,29 @@ PRESETS = {
 
 
 # ---------------------------------------------------------------- the bundle: one file, all of it
+
+def read_bundle(path):
+    """What a bundle holds: its Preset, its TAE and {name: DiT}, in half precision.
+
+    Raises ValueError, one line, where the file is missing, damaged or of another version."""
+    content = read_file(path, "videojam")
+    try:
+        config, dits = Preset.from_dict(content["config"]), {}
+        rows = config.dit.channels * config.dit.patch ** 2
+        with torch.device("meta"):                      # no memory: the file's tensors are taken
+            tae = TAE(config.tae)
+            for name, weights in content["dits"].items():
+                motion = weights["W_in.weight"].shape[1] == 2 * rows
+                dits[name] = DiT(dataclasses.replace(config.dit, motion=motion))
+        tae.load_state_dict(content["tae"], assign=True)
+        for name, dit in dits.items():
+            dit.load_state_dict(content["dits"][name], assign=True)
+    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError,
+            AttributeError) as error:                   # whatever a foreign file leads to
+        raise ValueError(f"{path}: does not fit this version: "
+                         f"{' '.join(str(error).split())[:200]}") from None
+    return config, tae, dits
+
 
 class VideoJAM:
     """A TAE, a DiT and their preset. `which` says which DiT: "jam", "base" or "control"."""
@@ -687,22 +715,10 @@ class VideoJAM:
     @classmethod
     def load(cls, path=ROOT / "weights/toy.pt", which="jam", device="cpu"):
         """The bundle at `path` with the DiT `which`. One line of ValueError for any other file."""
-        content = read_file(path, "videojam")
-        if which not in content.get("dits", {}):
-            raise ValueError(f"{path}: has no {which!r} model, only "
-                             + ", ".join(content.get("dits", {})))
-        try:
-            config = Preset.from_dict(content["config"])
-            weights = content["dits"][which]
-            rows = config.dit.channels * config.dit.patch ** 2
-            motion = weights["W_in.weight"].shape[1] == 2 * rows
-            tae, dit = TAE(config.tae), DiT(dataclasses.replace(config.dit, motion=motion))
-            tae.load_state_dict(content["tae"])
-            dit.load_state_dict(weights)
-        except (KeyError, TypeError, RuntimeError, AttributeError) as error:
-            raise ValueError(f"{path}: does not fit this version: "
-                             f"{' '.join(str(error).split())[:200]}") from None
-        return cls(config, tae.to(device), dit.to(device), which)
+        config, tae, dits = read_bundle(path)
+        if which not in dits:
+            raise ValueError(f"{path}: has no {which!r} model, only {', '.join(dits)}")
+        return cls(config, tae.float().to(device), dits[which].float().to(device), which)
 
     @torch.no_grad()
     def generate(self, prompts, steps=100, w1=5., w2=3., seed=0, mode=None, emulated=1000, batch=16,
@@ -729,5 +745,7 @@ class VideoJAM:
                     video = self.tae.decode(x[i:i + 1], frames=self.config.frames)
                     rgb = self.tae.decode(d[i:i + 1], True, self.config.frames) if motion else None
                     videos.append((video, rgb))
-        video, rgb = zip(*videos)
-        return torch.cat(video), torch.cat(rgb) if motion else None
+        video, rgb = (torch.cat(parts) if parts[0] is not None else None for parts in zip(*videos))
+        if not video.isfinite().all():
+            raise ValueError("the video is not finite: is one of the weights, or w1 or w2?")
+        return video, rgb

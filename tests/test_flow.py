@@ -417,6 +417,7 @@ def test_photographs_become_textures(tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
     iio.imwrite(tmp_path / "grey.png", np.full((80, 90), 7, np.uint8))
     iio.imwrite(tmp_path / "small.png", np.zeros((20, 90, 3), np.uint8))
+    iio.imwrite(tmp_path / "several.gif", np.random.randint(0, 255, (3, 90, 90, 3), np.uint8))
     photos = read_photos(tmp_path)
     assert len(photos) == 1 and photos[0].shape == (3, 80, 90) and (photos[0] == 7).all()
     plain, taken = flow_scenes(4, 64, 3)[0], flow_scenes(4, 64, 3, photos=photos)[0]
@@ -440,6 +441,14 @@ def test_interrupted_raft_training_ends_as_the_uninterrupted_to_the_bit(tmp_path
     script.train_raft(tmp_path / "parts", **options)
     whole, parts = (torch.load(tmp_path / name / "raft.pt") for name in ("whole", "parts"))
     assert whole.keys() == parts.keys() and all(torch.equal(whole[k], parts[k]) for k in whole)
+    with pytest.raises(ValueError, match="begun with seed 0, not 1: take another --out"):
+        script.train_raft(tmp_path / "parts", **options, seed=1)
+    script.train_raft(tmp_path / "other", **options, seed=1)
+    other = torch.load(tmp_path / "other/raft.pt")
+    assert not any(torch.equal(whole[k], other[k]) for k in whole if k.endswith("conv.weight"))
+    with pytest.raises(ValueError, match="no such weights"):
+        script.train_raft(tmp_path / "new", **options, weights="nowhere")
+    assert not (tmp_path / "new").exists()
 
 
 # ---------------------------------------------------------------- files
@@ -500,8 +509,10 @@ def test_true_flow_is_read_from_kittis_png(tmp_path):
         b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
     read, seen = read_flow(tmp_path / "flow10.png")
     assert torch.equal(seen, known) and torch.equal(read[:, known], flow[:, known])
-    with pytest.raises(ValueError, match="not a 16-bit png"):
-        read_flow(tmp_path / "nowhere.png")
+    iio.imwrite(tmp_path / "picture.png", np.full((6, 8, 3), 200, np.uint8))
+    for name in ("nowhere.png", "picture.png"):
+        with pytest.raises(ValueError, match="not a 16-bit png"):
+            read_flow(tmp_path / name)
 
 
 def test_eval_prints_the_error_of_middleburys_layout(tmp_path, run, refuses):
@@ -513,13 +524,16 @@ def test_eval_prints_the_error_of_middleburys_layout(tmp_path, run, refuses):
                     (video[k] * 255).round().byte().permute(1, 2, 0).numpy())
     assert "no frame10.png with" in refuses(script.main, "--eval", tmp_path)
     flo(tmp_path / "gt/Venus/flow10.flo", flow[0])
+    iio.imwrite(tmp_path / "gt/Venus/flow10.png", np.zeros((64, 64, 3), np.uint8))  # a picture of it
     code, printed, _ = run(script.main, "--eval", tmp_path)
     frames = (video[:2] * 255).round() / 255
     error = (estimate_flow(RAFT.load(), frames[None])[0, 0] - flow[0]).norm(dim=0).mean()
     assert code == 0 and f"{error:.3f} px" in printed and "mean of 1" in printed
+    iio.imwrite(tmp_path / "data/Venus/frame11.png", np.zeros((64, 60, 3), np.uint8))
+    assert "of different sizes" in refuses(script.main, "--eval", tmp_path)
 
 
-def test_the_flow_of_a_video_is_written_beside_it(tmp_path, run, refuses, capsys):
+def test_the_flow_of_a_video_is_written_beside_it(tmp_path, run, refuses, capfd, monkeypatch):
     """In chunks, and with the same numbers as whole."""
     video = sprite_clip(HELD_OUT + 1, 6, 64)[0]
     path = tmp_path / "a.mp4"
@@ -534,12 +548,23 @@ def test_the_flow_of_a_video_is_written_beside_it(tmp_path, run, refuses, capsys
     assert shown.shape == (6, 64, 64, 3)
     assert (shown.permute(0, 3, 1, 2) / 255 - flow_to_rgb(flow)).abs().mean() < .02
     script.render_flow(RAFT.load(), path, chunk=2)
-    assert capsys.readouterr().out == printed
+    assert capfd.readouterr().out == printed
     path.write_bytes(path.read_bytes()[:300])
     assert "not a video that can be read" in refuses(script.main, path)
     iio.imwrite(tmp_path / "one.mp4", np.zeros((1, 32, 32, 3), np.uint8), plugin="FFMPEG", fps=8)
     assert "two frames at least" in refuses(script.main, tmp_path / "one.mp4")
     assert not (tmp_path / "one-flow.mp4").exists()
+
+
+def test_a_video_that_ffmpeg_could_not_finish_is_no_video(tmp_path):
+    """A full disk: ffmpeg ends, and says nothing to anyone."""
+    iio.imwrite(tmp_path / "a.mp4", np.random.randint(0, 255, (6, 64, 64, 3), np.uint8),
+                plugin="FFMPEG", fps=8, macro_block_size=2)
+    script.check_video(tmp_path / "a.mp4", 6)
+    for frames, size in ((7, 10 ** 6), (6, 3000), (6, 0)):
+        (tmp_path / "b.mp4").write_bytes((tmp_path / "a.mp4").read_bytes()[:size])
+        with pytest.raises(OSError, match="not whole"):
+            script.check_video(tmp_path / "b.mp4", frames)
 
 
 def test_the_authors_names_are_mapped_one_to_one_to_torchvisions():

@@ -90,10 +90,12 @@ def test_motion_and_compare_stand_beside_the_video_from_the_same_noise(draw, bun
 
 
 def test_several_prompts_and_samples_are_numbered_in_order(draw, bundle, tmp_path):
-    (tmp_path / "prompts.txt").write_text("\n  a star \n\né\n", encoding="utf-8")
+    # (some editors begin a file with a mark)
+    (tmp_path / "prompts.txt").write_text("a cross\n  a star \n\né\n", encoding="utf-8-sig")
     written, said = draw(PROMPT, "--prompts", tmp_path / "prompts.txt", "--n", 2)
-    assert [path.name for path in written] == [f"a-{i}.gif" for i in range(6)]
-    expected, _ = generated(bundle, [PROMPT, PROMPT, "a star", "a star", "é", "é"])
+    assert [path.name for path in written] == [f"a-{i}.gif" for i in range(8)]
+    prompts = [PROMPT, "a cross", "a star", "é"]
+    expected, _ = generated(bundle, [prompt for prompt in prompts for _ in range(2)])
     for (path, picture), video in zip(written.items(), expected):
         assert torch.equal(picture, beside(video)) and str(path) in said
     assert not torch.equal(expected[0], expected[1])        # each has noise of its own
@@ -125,6 +127,9 @@ def test_a_prompt_that_is_too_long_is_said_and_cut_between_characters(draw, bund
     (("--prompts", "latin.txt"), "cannot read latin.txt"), ((PROMPT, "--steps", 0), "--steps"),
     ((PROMPT, "--steps", -3), "--steps"), ((PROMPT, "--steps", 1001), "1000"),
     ((PROMPT, "--device", "bad"), "--device bad: no such device"),
+    ((PROMPT, "--device", "meta"), "--device meta: no such device"),
+    ((PROMPT, "--run", ""), "model.pt: no such file"), ((PROMPT, "--seed", 2 ** 64), "--seed must"),
+    ((PROMPT, "--w1", "nan"), "not finite"), (("\udce9",), "not UTF-8"),
     ((PROMPT, "--n", 0), "--n"), ((PROMPT, "--upscale", 0), "--upscale"),
     ((PROMPT, "--out", "nowhere/a.mp4"), "nowhere"),
     ((PROMPT, "--out", "empty.txt/a.mp4"), "empty.txt"),
@@ -189,6 +194,7 @@ def test_as_a_command_bad_input_ends_in_exit_code_2_and_one_line(tmp_path):
                           cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "sample.py: nowhere/model.pt: no such file\n"
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(not (ROOT / "weights/toy.pt").exists(), reason="no weights/toy.pt yet")

@@ -461,12 +461,12 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(finished, tmp_path, 
     assert equal(checkpoint(out, "jam"), checkpoint(finished, "jam"))
 
 
-def test_an_unfinished_checkpoint_is_never_resumed_from(finished, tmp_path, run, quick):
+@pytest.mark.parametrize("missing", ("status.json", ".metadata"))
+def test_an_unfinished_checkpoint_is_never_resumed_from(finished, tmp_path, run, quick, missing):
     out = begun(finished, tmp_path / "run", "jam")
     for source in checkpoints(finished, "jam"):
         shutil.copytree(source, out / "checkpoints" / source.name)
-    (checkpoints(out, "jam")[-1] / "status.json").unlink()
-    (checkpoints(out, "jam")[-1] / ".metadata").unlink()
+    (checkpoints(out, "jam")[-1] / missing).unlink()
     assert run(train.main, *flags(out, "--stage", "jam"))[0] == 0
     assert equal(checkpoint(out, "jam"), checkpoint(finished, "jam"))
 
@@ -523,7 +523,7 @@ def test_init_takes_the_tae_and_each_stage_its_own_dit(finished, tmp_path, run, 
         train.main, *flags(tmp_path / "other", "--init", str(tmp_path / "other.pt")))
     del bundle["dits"]["base"]["position.weight"]
     torch.save(bundle, tmp_path / "older.pt")
-    assert "made by another version" in refuses(
+    assert "does not fit this version" in refuses(
         train.main, *flags(tmp_path / "other", "--init", str(tmp_path / "older.pt")))
     assert not (tmp_path / "other").exists()
 
@@ -580,6 +580,8 @@ def test_saved_bytes_counts_what_the_backward_pass_needs():
     ("--lr", 0, "--lr must be positive"), ("--batch", 0, "--batch must be positive"),
     ("--device", "bad", "--device bad: no such device"), ("--rich", 2, "from 0 to 1"),
     ("--data", "nowhere", "no such folder"), ("--workers", 0, "--workers must be positive"),
+    ("--seed", 2 ** 64, "--seed must be below"), ("--device", "meta", "no such device"),
+    ("--init=", "", "--init is empty"), ("--data=", "", "--data is empty"),
     ("--flow", "exact --data .", "only the sprite world"), ("--init", "nowhere", "no such file")])
 def test_bad_flags_are_one_line_and_leave_no_run_folder(tmp_path, refuses, flag, value, complaint):
     assert complaint in refuses(train.main, *flags(tmp_path / "run"), flag, *str(value).split())
@@ -610,17 +612,27 @@ def test_stages_say_what_they_lack(tmp_path, refuses):
 
 
 def test_damaged_files_and_latents_of_another_tae_are_refused(finished, tmp_path, refuses):
-    out = begun(finished, tmp_path / "run", "base")
+    out = begun(finished, tmp_path / "run", "jam")
     state = torch.load(out / "tae.pt")
     state["state"]["mean"] += 1
     torch.save(state, out / "tae.pt")
     assert "encoded by another TAE" in refuses(train.main, *flags(out, "--stage", "encode"))
     (out / "tae.pt").write_bytes((out / "tae.pt").read_bytes()[:1000])
     assert "not a tae file, or damaged" in refuses(train.main, *flags(out, "--stage", "encode"))
+    torch.save({"kind": "tae", "origin": "", "state": {}}, out / "tae.pt")
+    assert "tae.pt: not the TAE of preset tiny" in refuses(
+        train.main, *flags(out, "--stage", "encode"))
+    for part in checkpoints(out, "base")[-1].glob("*.distcp"):
+        part.write_bytes(part.read_bytes()[:1000])
+    for stage in "base", "jam":
+        assert f"{checkpoints(out, 'base')[-1]}: damaged" in refuses(
+            train.main, *flags(out, "--stage", stage, "--steps", 9))
     settings = json.loads((out / "settings.json").read_text())
     (out / "settings.json").write_text(json.dumps({**settings, "version": 2}))
     assert f"begun with version 2, not {train.VERSION}: take another --out" in refuses(
         train.main, *flags(out))
+    (out / "settings.json").write_text("{")
+    assert "settings.json: damaged" in refuses(train.main, *flags(out))
 
 
 def test_as_a_command_bad_input_ends_in_exit_code_2_and_one_line(tmp_path):
@@ -883,6 +895,7 @@ def test_a_folder_goes_through_all_stages(folder, tmp_path, run):
     ({"metadata.csv": "file_name,text\n"}, "needs rows"),
     ({"metadata.csv": "name,text\na.mp4,x\n"}, "needs rows"),
     ({"metadata.jsonl": "{\n"}, "metadata.jsonl: cannot be read"),
+    ({"metadata.jsonl": "[1]\n"}, "metadata.jsonl: each of its lines must be an object"),
     ({"videos.txt": "a.mp4\n", "prompts.txt": "x\ny\n"}, "videos.txt has 1 lines, prompts.txt"),
     ({"metadata.csv": "file_name,text\nbroken.mp4,x\n"}, "none of its 3 videos can be used")])
 def test_a_folder_that_gives_no_clip_is_refused(folder, tmp_path, refuses, files, complaint):

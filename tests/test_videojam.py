@@ -539,14 +539,17 @@ def test_sampler_takes_models_without_motion():
 # ---------------------------------------------------------------- presets and the bundle
 
 
-@pytest.mark.parametrize("name, billions, digits", [("4b", 4.2, 1), ("30b", 29, 0)])
-def test_the_papers_sizes_on_the_meta_device(name, billions, digits):
+@pytest.mark.parametrize("name, count, latents", [
+    ("toy", "3.5M", (16, 4, 8, 8)), ("small", "151M", (16, 6, 16, 16)),
+    ("4b", "4.2B", (16, 16, 32, 32)), ("30b", "29B", (16, 16, 32, 32))])
+def test_the_sizes_of_the_presets_on_the_meta_device(name, count, latents):
     config = PRESETS[name]
     with torch.device("meta"):
         dit = DiT(config.dit)
         TAE(config.tae)
-    assert round(sum(p.numel() for p in dit.parameters()) / 1e9, digits) == billions
-    assert config.tae.compression == (8, 8) and config.latent_shape() == (16, 16, 32, 32)
+    digits, unit = len(count.partition(".")[2][:-1]), {"M": 1e6, "B": 1e9}[count[-1]]
+    assert round(sum(p.numel() for p in dit.parameters()) / unit, digits) == float(count[:-1])
+    assert config.latent_shape() == latents
 
 
 def test_presets_fit_together_and_come_back_from_a_dict():
@@ -585,6 +588,10 @@ def test_other_files_are_refused_in_one_line_and_run_no_code(bundle, tmp_path):
     content = torch.load(bundle / "model.pt")
     tampered = {"no config": {**content, "config": {}}, "no dits": {**content, "dits": {}},
                 "other tae": {**content, "tae": {}},
+                "no dit": {**content, "dits": None},
+                "flat": {**content, "dits": {"jam": {"W_in.weight": torch.zeros(3)}}},
+                "no heads": {**content, "config": {**content["config"], "dit": {
+                    **content["config"]["dit"], "heads": 0}}},
                 "other field": {**content, "config": {**content["config"], "more": 1}}}
     for name, value in tampered.items():
         torch.save(value, tmp_path / name)
