@@ -28,14 +28,13 @@ import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from flow import (COLOURS, DIRECTIONS, HELD_OUT, RAFT, SHAPES, TRAVEL, TURNS, autocast, bouncing,
                   estimate_flow, fast_dtype, flow_to_rgb, optimizers, report_errors, rgb_to_flow,
                   signed_distance, sprite_clips, write_text)
-from train import (can_compile, device_of, grid, read_lines, saved_bytes, say_cut, weights_of,
-                   write_video)
+from train import (can_compile, device_of, flops_of, grid, read_lines, saved_bytes, say_cut,
+                   weights_of, write_video)
 from videojam import (VideoJAM, euler_sample, linear_quadratic, noised, squared_errors, tokenize,
                       velocity)
 
@@ -307,16 +306,18 @@ def judge(video, scenes):
         sprite, S = scene["sprites"][0], clip.shape[-1]
         there, shape, path, alpha = track(clip, sprite["colour"], sprite["shape"])
         error, named, amount = fit_motion(sprite["kind"], sprite["phrase"], path, S)
-        speeds = {"move": TRAVEL, "spin": TURNS}.get(sprite["kind"])
+        there = bool(there.all())
+        speeds = {"move": TRAVEL, "spin": TURNS}.get(sprite["kind"], {})
+        speed = min(speeds, key=lambda word: abs(amount - np.mean(speeds[word])), default=None)
         word = sprite["phrase"].split()[-1]
         rows.append({
-            "kind": sprite["kind"], "held_out": scene["held_out"], "there": bool(there.all()),
+            "kind": sprite["kind"], "held_out": scene["held_out"], "there": there,
             "one": bool((blobs(alpha > .5, .003 * S * S) == 1).all()),
-            "shape": shape == sprite["shape"], "named": named and bool(there.all()),
+            "shape": shape == sprite["shape"], "named": named and there,
             # what is not there has no motion to be off, what does not bounce no energy to keep
-            "error": error if there.all() else None,
-            "speed": speeds and in_range(amount, *speeds[word if word in speeds else ""]),
-            "energy": amount if sprite["kind"] == "fall" and named else None})
+            "error": error if there else None,
+            "speed": there and speed == (word if word in speeds else "") if speeds else None,
+            "energy": amount if sprite["kind"] == "fall" and named and there else None})
     return [mean_row(rows[i::len(scenes)]) for i in range(len(scenes))]
 
 
@@ -659,13 +660,6 @@ def median_time(function, device, repeats=7):
     return float(np.median(times[2:]))
 
 
-def flops_of(function):
-    """What torch counts of matrix products and convolutions, attention included, in a call."""
-    with FlopCounterMode(display=False) as counter:
-        function()
-    return counter.get_total_flops()
-
-
 def speed(args):
     """Each part's time, FLOPs and share of the rate of a matrix product in the same
     precision (bf16 where the device is fast at it) and run."""
@@ -676,12 +670,6 @@ def speed(args):
     y = tokenize(["a red square moves left slowly"] * B).to(device)
     product = torch.randn(4096, 4096, dtype=fast_dtype(device), device=device)
     peak = 2 * 4096 ** 3 / median_time(lambda: product @ product, device)
-
-    def in_autocast(function):
-        def run():
-            with autocast(device):
-                function()
-        return run
 
     def training(model):
         optimizing = optimizers(model, 0.)
@@ -701,7 +689,8 @@ def speed(args):
 
     def sampling(mode):
         x = torch.randn(B, *shape, device=device)
-        return in_autocast(lambda: euler_sample(jam.dit, x, x, y, linear_quadratic(8), mode=mode))
+        return autocast(device)(
+            lambda: euler_sample(jam.dit, x, x, y, linear_quadratic(8), mode=mode))
 
     video = sprite_clips(range(8), preset.frames, preset.size)[0].to(device)
     raft, small = RAFT.load().to(device), video[:1]
@@ -709,7 +698,7 @@ def speed(args):
     steps = {"base": training(base.dit.train()), "jam": training(jam.dit.train())}
     gradients = steps["base"][1]
     steps["base, without the optimizers"] = gradients, gradients
-    parts = {"TAE, encode a clip": (in_autocast(lambda: base.tae.encode(video)), len(video)),
+    parts = {"TAE, encode a clip": (autocast(device)(lambda: base.tae.encode(video)), len(video)),
              "RAFT, a pair of frames": (lambda: estimate_flow(raft, small), preset.frames - 1)}
     parts |= {f"sampling, {mode}, a step of {B} clips": (sampling(mode), 8)
               for mode in ("none", "cfg", "inner")}
@@ -938,14 +927,14 @@ def report(out, sections, fps):
 # ---------------------------------------------------------------- command line
 
 EXPERIMENTS = {"motivation": motivation, "compare": compare, "ablation": ablation, "sdedit": sdedit}
-ON_PATHS = {"metrics": metrics, "generate": generate, "rate": rate, "votes": votes}
+BY_ITSELF = {"metrics": metrics, "generate": generate, "rate": rate, "votes": votes, "speed": speed}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.
                                      RawDescriptionHelpFormatter)
     parser.add_argument("experiment", nargs="?", help="default: all, and speed",
-                        choices=[*EXPERIMENTS, *ON_PATHS, "speed"])
+                        choices=[*EXPERIMENTS, *BY_ITSELF])
     parser.add_argument("paths", nargs="*", help="of metrics, generate, rate and votes")
     parser.add_argument("--run", help="folder of a training run; default: the shipped weights")
     parser.add_argument("--also", nargs="*", help="other runs, a row each in the ablation")
@@ -971,19 +960,17 @@ def main():
             raise ValueError(f"--{name} must be positive, got {getattr(args, name)}")
     args.out = args.out or Path("runs/bench") / (args.experiment or "")
     command = "python bench.py " + shlex.join(sys.argv[1:])
-    if args.experiment in ON_PATHS:
-        section = ON_PATHS[args.experiment](args)
+    if args.experiment in BY_ITSELF:
+        section = BY_ITSELF[args.experiment](args)
         if section:
             report(args.out, {args.experiment: {**section, "command": command}}, 8)
-    elif args.experiment != "speed":
+    else:
         world, sections = World(args), {}
         for name in [args.experiment] if args.experiment else EXPERIMENTS:
             sections[name] = {**EXPERIMENTS[name](world), "command": command}
             report(args.out, sections, world.config.fps)
         if not args.experiment and "base" in world.models:
             speed(args)
-    else:
-        speed(args)
 
 
 if __name__ == "__main__":

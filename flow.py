@@ -214,15 +214,15 @@ HELD_OUT = 1_000_000_000            # seeds below are for training, from here on
 COLOURS = {"red": (.90, .12, .12), "green": (.10, .62, .18), "blue": (.12, .25, .90),
            "yellow": (.95, .80, .05), "purple": (.58, .15, .72), "cyan": (.05, .75, .82)}
 SHAPES = ("circle", "square", "triangle", "cross", "star")
-# kind -> (the paper's category, phrases, how often)
+# kind -> (phrases, how often), in the order of the paper's basic, complex, rotational, physics
 MOTIONS = {
-    "move": ("basic", ("moves left", "moves right", "moves up", "moves down"), 5),
-    "zigzag": ("complex", ("zigzags left", "zigzags right"), 2),
-    "swing": ("complex", ("swings from side to side",), 3),
-    "orbit": ("complex", ("orbits clockwise", "orbits counterclockwise"), 3),
-    "spin": ("rotational", ("spins clockwise", "spins counterclockwise"), 4),
-    "fall": ("physics", ("falls and bounces",), 3),
-    "collide": ("physics", ("collide",), 2),
+    "move": (("moves left", "moves right", "moves up", "moves down"), 5),
+    "zigzag": (("zigzags left", "zigzags right"), 2),
+    "swing": (("swings from side to side",), 3),
+    "orbit": (("orbits clockwise", "orbits counterclockwise"), 3),
+    "spin": (("spins clockwise", "spins counterclockwise"), 4),
+    "fall": (("falls and bounces",), 3),
+    "collide": (("collide",), 2),
 }
 TRAVEL = {"slowly": (.15, .25), "": (.30, .45), "quickly": (.52, .65)}   # widths in the clip
 TURNS = {"slowly": (.20, .30), "": (.50, .70), "quickly": (.90, 1.1)}    # turns in the clip
@@ -309,7 +309,7 @@ def sprite_scene(seed, frames, rich):
     tau = np.linspace(0, 1, frames) if frames > 1 else np.zeros(1)
     textured, several = rng.random(2) < rich
     kinds = [kind for kind in MOTIONS if not (several and kind == "collide")]
-    odds = np.array([MOTIONS[kind][2] for kind in kinds], float)
+    odds = np.array([MOTIONS[kind][1] for kind in kinds], float)
     count = int(rng.integers(2, 4)) if several else 1
     motions = list(rng.choice(kinds, count, p=odds / odds.sum()))
     if motions == ["collide"]:
@@ -319,7 +319,7 @@ def sprite_scene(seed, frames, rich):
         # a disc's spin is invisible; training never sees the held-out combinations
         shape = rng.choice([name for name in SHAPES if not (name == "circle" and motion == "spin")
                             and (seed >= HELD_OUT or not is_held_out(name, colour, motion))])
-        phrase = rng.choice(MOTIONS[motion][1])
+        phrase = rng.choice(MOTIONS[motion][0])
         speed = rng.choice(list(TRAVEL)) if motion in ("move", "spin") else ""
         sprites.append({"shape": str(shape), "colour": str(colour), "kind": motion,
                         "phrase": f"{phrase} {speed}".strip(), "radius": rng.uniform(.12, .17)})
@@ -441,8 +441,7 @@ def sprite_clips(seeds, frames=16, size=64, rich=.5, orders=None):
                                     torch.where(cover >= .5, moved, under[..., 3:])], -1)
     video, flow = inner.permute(0, 1, 4, 2, 3).split([3, 2], 2)
     flow = torch.cat([flow[:, :-1], flow[:, -2:][:, :1]], 1)    # (the last one is repeated)
-    video = video.contiguous()
-    return video, flow, [s["caption"] for s in scenes], scenes
+    return video.contiguous(), flow, [s["caption"] for s in scenes], scenes
 
 
 def sprite_clip(seed, frames=16, size=64, rich=.5):
@@ -970,7 +969,7 @@ def train_raft(out="runs/raft", steps=20_000, batch=8, lr=4e-4, weights=None, im
                 "images": images and str(images), "iters": iters, "seed": seed}
     start, scores = 0, {}
     if (out / "state.pt").exists():
-        state = read_file(out / "state.pt", "raft training with Muon")
+        state = read_file(out / "state.pt", "raft training")
         if changed := [f"{k} {v!r}, not {settings[k]!r}" for k, v in state["settings"].items()
                        if v != settings[k]]:
             raise ValueError(f"{out} was begun with {'; '.join(changed)}: take another --out")
@@ -978,14 +977,6 @@ def train_raft(out="runs/raft", steps=20_000, batch=8, lr=4e-4, weights=None, im
         raft.load_state_dict(state["model"])
         adamw.load_state_dict(state["adamw"])
         muon.load_state_dict(state["muon"])
-
-    def save(step):
-        state = {"kind": "raft training with Muon", "settings": settings, "step": step,
-                 "model": raft.state_dict(), "adamw": adamw.state_dict(),
-                 "muon": muon.state_dict()}
-        half = {key: value.half() for key, value in raft.state_dict().items()}
-        write_tensors(out / "state.pt", state)
-        write_tensors(out / "raft.pt", half)
 
     bar = tqdm(range(start, steps), initial=start, total=steps, desc="raft", smoothing=.05)
     for step in bar:
@@ -1007,7 +998,11 @@ def train_raft(out="runs/raft", steps=20_000, batch=8, lr=4e-4, weights=None, im
             muon.step()
         if (step + 1) % every == 0 or step + 1 == steps:
             scores = validate(raft, out)
-            save(step + 1)
+            write_tensors(out / "state.pt", {
+                "kind": "raft training", "settings": settings, "step": step + 1,
+                "model": raft.state_dict(), "adamw": adamw.state_dict(),
+                "muon": muon.state_dict()})
+            write_tensors(out / "raft.pt", {k: v.half() for k, v in raft.state_dict().items()})
             tqdm.write(f"step {step + 1}: median error of what moves, px: {scores}")
         bar.set_postfix(loss=loss.item(), **scores)
 
@@ -1045,10 +1040,11 @@ def read_image(path):
         image = iio.imread(path)
     except Exception:                               # whatever the decoder says of other files
         raise ValueError(f"{path}: not an image") from None
-    if image.ndim not in (2, 3):
-        raise ValueError(f"{path}: several images")
+    if image.ndim not in (2, 3) or image.dtype.kind != "u":
+        raise ValueError(f"{path}: not one image of 8 or 16 bits")
     image = image[..., None].repeat(3, -1) if image.ndim == 2 else image[..., :3]
-    return torch.from_numpy(image.copy()).permute(2, 0, 1).float() / 255
+    white = np.iinfo(image.dtype).max
+    return torch.from_numpy(image.astype(np.float32)).permute(2, 0, 1) / white
 
 
 def evaluate(raft, folder):

@@ -222,7 +222,7 @@ class Sprites:
 
     def motion(self, video, flow):
         """RGB flow (n, T, 3, H, W) in [0, 1] of what `read` gave."""
-        flow = flow if self.raft is None else estimate_flow(self.raft, video)
+        flow = flow.to(video.device) if self.raft is None else estimate_flow(self.raft, video)
         return flow_to_rgb(flow, self.preset.sigma)
 
     training = read                         # clips 0, 1, 2, ... of the training
@@ -373,7 +373,7 @@ class Latents:
         self.skipped = {name: reason for content in contents
                         for name, reason in content["skipped"].items()}
         self.ends = np.cumsum([len(part) for part in captions])
-        self.open = functools.lru_cache(4096)(self.open)
+        self.open = functools.lru_cache(256)(self.open)         # each keeps a file open
 
     def open(self, shard, kind):
         return np.load(self.folder / f"{self.shards[shard]}.{kind}.npy", mmap_mode="r")
@@ -540,8 +540,9 @@ class Run:
         wait_for_all()
         if rank() == 0:
             for folder in (".", "previews", "latents"):
-                for half_written in (self.out / folder).glob(".*.part*"):   # by a killed run
-                    half_written.unlink(missing_ok=True)
+                for half_written in (self.out / folder).glob(".*.part*"):
+                    if time.time() - half_written.stat().st_mtime > 600:    # by a killed process
+                        half_written.unlink(missing_ok=True)
             write_text(path, json.dumps(settings, indent=1))
             if self.init and not (self.out / "tae.pt").exists():
                 self.write_tae(tae.state_dict(), f"--init {args.init}")
@@ -567,7 +568,7 @@ class Run:
         write_tensors(self.out / "tae.pt", {"kind": "tae", "origin": origin, "state": state})
 
     def tae(self):
-        """The run's TAE, eval mode, no gradients."""
+        """The run's TAE, eval mode, no gradients: the one that encoded its latents."""
         path = self.out / "tae.pt"
         if not path.exists():
             raise ValueError(f"{self.out}: has no tae yet, run --stage tae first")
@@ -576,6 +577,11 @@ class Run:
             tae.load_state_dict(read_file(path, "tae")["state"])
         except (LookupError, TypeError, RuntimeError):
             raise ValueError(f"{path}: not the TAE of preset {self.args.preset}") from None
+        folder = self.out / "latents"
+        if (folder / "manifest.json").exists() and \
+                read_json(folder / "manifest.json")["tae"] != mark_of(tae):
+            raise ValueError(f"{folder} was encoded by another TAE than tae.pt is now: delete it "
+                             f"and the checkpoints after it, or take another --out")
         return tae.to(self.device).eval().requires_grad_(False)
 
     # checkpoints: a folder each, complete once it has its status.json
@@ -729,13 +735,14 @@ def assign(parameter, whole):
 MOTION_ROWS = {"W_in.weight": 1, "W_out.weight": 0}     # the two layers of Sec. 4.2 and their axes
 
 
-def begin_from(model, read, C):
-    """Weights of another DiT for this one, sharded or not: read({name: tensor}) fills tensors. A
-    model with motion that begins from one without has zeros for it (Sec. 4.2)."""
-    wanted = dict(model.named_parameters())
-    known = read(None)                                  # {name: shape} of what there is
-    narrow = {name: torch.empty(known[name]) for name in MOTION_ROWS
-              if known[name] != wanted[name].shape}
+def begin_from(model, read, C, add_motion):
+    """Weights of another DiT for this one, sharded or not: read({name: tensor}) fills tensors.
+    add_motion: the other has no motion, of which this one therefore knows nothing (Sec. 4.2)."""
+    wanted, narrow = dict(model.named_parameters()), {}
+    for name, axis in MOTION_ROWS.items() if add_motion else ():
+        shape = list(wanted[name].shape)
+        shape[axis] //= 2
+        narrow[name] = torch.empty(shape)
     read({**wanted, **narrow})
     for name, weight in narrow.items():
         assign(wanted[name], widen(weight, MOTION_ROWS[name], C, channel_last=True))
@@ -780,8 +787,11 @@ def optimize(run, stage, model, load, loss_of, preview, stream=None, origin=None
     moments = {weight: held for optimizer in optimizing for weight, held in optimizer.state.items()}
     state = {"model": weights, "ema": average,
              "optimizer": {name: moments[weight] for name, weight in weights.items()}}
-    settings = {"lr": lr, "batch": batch, "origin": origin, "uniform_t": args.uniform_t,
-                "t_shift": args.t_shift, "motion_dropout": args.motion_dropout}
+    settings = {"lr": lr, "batch": batch, "origin": origin}
+    if stage != "tae":
+        settings |= {"uniform_t": args.uniform_t, "t_shift": args.t_shift}
+    if stage == "jam":
+        settings["motion_dropout"] = args.motion_dropout
     step, (path, status) = 0, run.last(stage)
     if path:
         changed = "; ".join(f"{k} {status.get(k)}, not {v}" for k, v in settings.items()
@@ -860,7 +870,10 @@ def optimize(run, stage, model, load, loss_of, preview, stream=None, origin=None
                 run.save(stage, step, state, {"of": steps, **settings})
                 saved = time.time() + max(0, 20 * (time.time() - start) - CHECKPOINT_SECONDS)
             if show and rank() == 0:
-                preview(run.last(stage)[0], step)
+                try:
+                    preview(run.last(stage)[0], step)
+                except ValueError as error:
+                    say(f"{stage}: no preview of step {step}: {error}")
             if stop or show and agreed(run.device, bool(stopped))[0]:
                 raise ValueError(f"stopped at step {step} of {stage}: the same command goes on")
     finally:
@@ -921,13 +934,18 @@ def train_tae(run):
             for start in range(0, 256, few):
                 video, _, extra, _ = world.training(range(start, start + few))
                 video = video.to(run.device)
-                yield world.motion(video, extra).to(run.device) if motion else video
+                yield world.motion(video, extra) if motion else video
 
         with autocast(run.device, run.args.precision):
             for motion in (False, True):
                 whole.fit_basis(clips(motion), motion, generator(run.args.seed, "basis", motion))
         run.write_tae(whole.state_dict(), origin)
     wait_for_all()
+
+
+def mark_of(tae):
+    """A number that tells a TAE from others."""
+    return zlib.crc32(b"".join(v.cpu().numpy().tobytes() for v in tae.state_dict().values()))
 
 
 def encode(run):
@@ -938,14 +956,10 @@ def encode(run):
     clips, _, batch = run.setting("encode")
     folder, tae = run.out / "latents", run.tae()
     path = folder / "manifest.json"
-    mark = zlib.crc32(b"".join(v.cpu().numpy().tobytes() for v in tae.state_dict().values()))
-    world, manifest = run.world, {"tae": mark, "shards": []}
+    world, manifest = run.world, {"tae": mark_of(tae), "shards": []}
     if rank() == 0:
         if path.exists():
             manifest = read_json(path)
-        if manifest["tae"] != mark:
-            raise ValueError(f"{folder} was encoded by another TAE than tae.pt is now: delete it "
-                             f"and the checkpoints after it, or take another --out")
         dropped = 0
         for s, keys in enumerate(manifest["shards"]):
             held, done = [key for key in keys if world.holds(key)], folder / f"{s:06d}.json"
@@ -1017,19 +1031,18 @@ def encode(run):
 
 def train_dit(run, stage):
     """base, jam or control: the same data and lines; jam alone has d beside x."""
-    world = run.world                       # opened by all, before rank 0 alone shows a preview
+    world, tae = run.world, run.tae()       # opened by all, before rank 0 alone shows a preview
     motion, C = stage == "jam", run.preset.tae.channels
     with torch.device("meta"):
         model = run.new_dit(motion)
     model.recompute = run.args.recompute
-    if run.init:
-        which = stage if stage in run.init[2] else "base"
+    given, which = run.init[2] if run.init else {}, "base"
+    if stage in given or given and (stage == "base" or run.last("base")[0] is None):
+        which = stage if stage in given else "base"
         origin = f"{'its own' if which == stage else which} of --init {run.args.init}"
-        source = run.init[2][which].state_dict()
+        source = given[which].state_dict()
 
         def read(tensors):
-            if tensors is None:
-                return {name: weight.shape for name, weight in source.items()}
             for name, tensor in tensors.items():
                 assign(tensor, source[name])
     elif stage != "base":
@@ -1037,10 +1050,6 @@ def train_dit(run, stage):
         origin = f"base at step {base_step}"
 
         def read(tensors):
-            if tensors is None:
-                known = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-                return {k.removeprefix("ema."): v.size for k, v in known.items()
-                        if k.startswith("ema.")}
             fill({"ema": tensors}, path)
     else:
         origin, read = None, None
@@ -1054,7 +1063,7 @@ def train_dit(run, stage):
     model = distribute(model, run)
     if read and run.last(stage)[0] is None:
         with torch.no_grad():
-            begin_from(model, read, C)
+            begin_from(model, read, C, add_motion=motion and which == "base")
     # the control's draws are jam's: the same clips, noise of x, times and dropped prompts
     stream = "base" if stage == "base" else "fine-tuning"
 
@@ -1077,7 +1086,7 @@ def train_dit(run, stage):
         dtype = torch.bfloat16 if run.device.type == "cuda" else torch.float32
         dit = run.whole_dit(path, stage, dtype).to(run.device)
         captions = world.held_out(8)[1]         # (their flow would be RAFT's work for nothing)
-        bundle = VideoJAM(run.preset, run.tae(), dit, stage)
+        bundle = VideoJAM(run.preset, tae, dit, stage)
         shown = [part.cpu() for part in bundle.generate(captions, steps=30) if part is not None]
         write_video(run.out / f"previews/{stage}-{step:06d}.mp4", grid(*shown), run.preset.fps)
 
@@ -1102,6 +1111,13 @@ def saved_bytes(function):
     return sum(size for size, _ in kept.values())
 
 
+def flops_of(function):
+    """What torch counts of matrix products and convolutions, attention included, in a call."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
 def dry_run(args):
     """Prints what the preset takes; the models are on the meta device, so nothing is computed."""
     preset, world = PRESETS[args.preset], args.world
@@ -1115,10 +1131,8 @@ def dry_run(args):
     moments = sum(moment.numel() for optimizer in optimizers(dit, 0.)
                   for held in optimizer.state.values() for moment in held.values())
     dit = dit.to(torch.bfloat16)
-    with FlopCounterMode(display=False) as encoding, torch.no_grad():
-        tae.posterior(video)
-    with FlopCounterMode(display=False) as forward, torch.no_grad():
-        dit(z, t, y)
+    with torch.no_grad():
+        F_encode, F_forward = flops_of(lambda: tae.posterior(video)), flops_of(lambda: dit(z, t, y))
     layer = max(sum(p.numel() for p in block.parameters()) for block in dit.blocks)
     kept = {}
     for dit.recompute in (False, True):
@@ -1129,7 +1143,7 @@ def dry_run(args):
     clips = max(1, batch // world // args.accumulate)
     # the block that is recomputed keeps what all of them would, divided among them
     recomputed = kept[True] + kept[False] / len(dit.blocks)
-    F_forward, GB = forward.get_total_flops(), 1e9
+    GB = 1e9
     train = {False: 3 * F_forward, True: 4 * F_forward}
     print(f"{args.preset} on {world} GPUs, VideoJAM fine-tuning of {steps} steps x {batch} clips "
           f"of {preset.frames} x {preset.size} x {preset.size}")
@@ -1141,7 +1155,7 @@ def dry_run(args):
         ("FLOPs a clip, training step", f"{train[False] / 1e12:,.2f} T, with recomputation "
                                         f"{train[True] / 1e12:,.2f} T"),
         ("FLOPs a clip, encoding (once)",
-         f"{2 * encoding.get_total_flops() / 1e12:,.2f} T and RAFT"),
+         f"{2 * F_encode / 1e12:,.2f} T and RAFT"),
         ("memory a GPU: weights, fp32", f"{4 * P / world / GB:,.2f} GB"),
         ("  gradients, fp32", f"{4 * P / world / GB:,.2f} GB"),
         ("  moments of Muon and AdamW, fp32", f"{4 * moments / world / GB:,.2f} GB"),
@@ -1162,8 +1176,8 @@ def dry_run(args):
     print(f"assumed: {args.tflops:g} TFLOP/s sustained on each GPU (--tflops); backward is twice "
           "forward; bf16 activations as the unfused graph keeps them (compiled blocks keep less); "
           "fp32 weights, gradients, moments and average sharded over all GPUs; no time lost "
-          "waiting; text of the longest prompt; fragmentation and the framework's own GB or two on "
-          "top")
+          "waiting; text of the longest prompt, a byte a token (words are filled up: about a third "
+          "more); fragmentation and the framework's own GB or two on top")
 
 
 # ---------------------------------------------------------------- command line

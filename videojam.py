@@ -494,20 +494,22 @@ def squared_errors(model, z1, y, C, null=None, text_dropout=.3, motion_dropout=.
     30% of the samples and, independently, the noised motion for 20% (set to zero; its target stays,
     so that motion is guessed from appearance alone). Returns t (B,) and the errors, averaged over
     positions, (B, C or 2C)."""
+    precise = torch.promote_types(z1.dtype, torch.float32)      # latents may be bf16, t may not
+
     def noise(z):
-        return draw(torch.randn, z.shape, generator).to(z)
+        return draw(torch.randn, z.shape, generator).to(z.device, precise)
 
     null = null_text(y) if null is None else null.expand_as(y)
     # one CPU generator, whatever the device; what x needs is drawn before what d needs, so that a
     # model without motion gets the same noise, times and dropped prompts
-    x0, t = noise(z1[:, :C]), sample_t(len(z1), uniform, shift, generator).to(z1)
+    x0, t = noise(z1[:, :C]), sample_t(len(z1), uniform, shift, generator).to(z1.device, precise)
     y = drop(y, text_dropout, null, generator)
     z0 = torch.cat([x0, noise(z1[:, C:])], 1)
     z_t = noised(z1, z0, t)
     if z1.shape[1] > C:
         x_t, d_t = z_t.split(C, 1)
         z_t = torch.cat([x_t, drop(d_t, motion_dropout, torch.zeros_like(d_t), generator)], 1)
-    u = model(z_t, t, y)
+    u = model(z_t.to(z1.dtype), t, y)
     return t, (u - velocity(z1, z0)).square().flatten(2).mean(2)
 
 
@@ -627,8 +629,9 @@ def euler_sample(model, x, d, y, times, w1=5., w2=3., mode="inner", null=None, m
     steps, C = len(times) - 1, x.shape[1]
     motion_steps = steps / 2 if motion_steps is None else motion_steps
     z = x if d is None else torch.cat([x, d], 1)
+    dtype, z = z.dtype, z.to(torch.promote_types(z.dtype, torch.float32))   # bf16 loses small steps
     for i in tqdm(range(steps), desc=progress, disable=progress is None):
-        x, d = (z, None) if d is None else z.split(C, 1)
+        x, d = (z.to(dtype), None) if d is None else z.to(dtype).split(C, 1)
         scale = w2 if i < motion_steps else 0.
         u = guided_velocity(model, x, d, times[i], y, w1, scale, mode, null)
         z = z + (times[i + 1] - times[i]) * u
@@ -649,9 +652,8 @@ class Preset:
     @staticmethod
     def from_dict(config):
         """The inverse of dataclasses.asdict, for what a bundle carries."""
-        tae = {k: tuple(map(tuple, v)) if k == "strides" else tuple(v) if k == "widths" else v
-               for k, v in config["tae"].items()}
-        return Preset(**{**config, "tae": TAEConfig(**tae), "dit": DiTConfig(**config["dit"])})
+        return Preset(**{**config, "tae": TAEConfig(**config["tae"]),
+                         "dit": DiTConfig(**config["dit"])})
 
     def latent_shape(self):
         time, space = self.tae.compression
@@ -736,8 +738,7 @@ class VideoJAM:
             y = tokenize(prompts[start:start + batch], self.config.dit.max_bytes).to(device)
             # x is drawn before d, so that models with and without motion start from the same x
             draws = [torch.Generator().manual_seed(seed + start + i) for i in range(len(y))]
-            x = torch.stack([torch.randn(shape, generator=g) for g in draws]).to(device)
-            d = torch.stack([torch.randn(shape, generator=g) for g in draws]).to(device)
+            x, d = (draw(torch.randn, (len(y), *shape), draws).to(device) for _ in range(2))
             with autocast(device):
                 x, d = euler_sample(self.dit, x, d if motion else None, y, times, w1, w2, mode,
                                     motion_steps=motion_steps, progress=progress)

@@ -417,6 +417,11 @@ def test_photographs_become_textures(tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
     iio.imwrite(tmp_path / "grey.png", np.full((80, 90), 7, np.uint8))
     iio.imwrite(tmp_path / "small.png", np.zeros((20, 90, 3), np.uint8))
+    assert (script.read_image(tmp_path / "grey.png") == 7 / 255).all()
+    deep = np.full((80, 90), 30_000, np.uint16)
+    iio.imwrite(tmp_path / "deep.png", deep)
+    assert (script.read_image(tmp_path / "deep.png") - 30_000 / 65_535).abs().max() < 1e-6
+    (tmp_path / "deep.png").unlink()
     iio.imwrite(tmp_path / "several.gif", np.random.randint(0, 255, (3, 90, 90, 3), np.uint8))
     photos = read_photos(tmp_path)
     assert len(photos) == 1 and photos[0].shape == (3, 80, 90) and (photos[0] == 7).all()
@@ -524,7 +529,7 @@ def test_eval_prints_the_error_of_middleburys_layout(tmp_path, run, refuses):
                     (video[k] * 255).round().byte().permute(1, 2, 0).numpy())
     assert "no frame10.png with" in refuses(script.main, "--eval", tmp_path)
     flo(tmp_path / "gt/Venus/flow10.flo", flow[0])
-    iio.imwrite(tmp_path / "gt/Venus/flow10.png", np.zeros((64, 64, 3), np.uint8))  # a picture of it
+    iio.imwrite(tmp_path / "gt/Venus/flow10.png", np.zeros((64, 64, 3), np.uint8))
     code, printed, _ = run(script.main, "--eval", tmp_path)
     frames = (video[:2] * 255).round() / 255
     error = (estimate_flow(RAFT.load(), frames[None])[0, 0] - flow[0]).norm(dim=0).mean()

@@ -482,14 +482,24 @@ def test_jam_begins_as_the_base_with_add_motion(finished, tmp_path, run, quick, 
     bundle = torch.load(finished / "model.pt")
     torch.save({**bundle, "dits": {"base": bundle["dits"]["base"]}}, tmp_path / "base.pt")
     base = checkpoint(finished, "base")["ema"]
-    for i, (more, weights) in enumerate([((), base),
-                                         (("--init", str(tmp_path / "base.pt")),
-                                          bundle["dits"]["base"])]):
-        out = begun(finished, tmp_path / str(i), "jam")
+    for i, (stage, more, weights) in enumerate([
+            ("jam", (), base),
+            ("base", ("--init", str(tmp_path / "base.pt")), bundle["dits"]["base"])]):
+        out = begun(finished, tmp_path / str(i), stage)
         assert run(train.main, *flags(out, "--stage", "jam", *more))[0] == 0
         expected = DiT(TINY.dit)
         expected.load_state_dict(weights)
         assert equal(dict(seen[i].state_dict()), dict(expected.add_motion().state_dict()))
+
+
+def test_jam_begins_from_the_runs_own_base_where_the_bundle_has_no_more_than_a_base(
+        finished, tmp_path, run, quick):
+    bundle = torch.load(finished / "model.pt")
+    torch.save({**bundle, "dits": {"base": bundle["dits"]["base"]}}, tmp_path / "base.pt")
+    code, _, err = run(train.main, *flags(tmp_path / "run", "--init", str(tmp_path / "base.pt")))
+    assert code == 0, err
+    origins = [checkpoint(tmp_path / "run", stage)["origin"] for stage in ("base", "jam")]
+    assert origins[0].startswith("its own of --init") and origins[1].startswith("base at step")
 
 
 def test_another_sigma_is_that_of_the_training_and_of_the_bundle(finished, tmp_path, run, quick):
@@ -511,6 +521,7 @@ def test_init_takes_the_tae_and_each_stage_its_own_dit(finished, tmp_path, run, 
     init = "--init", str(finished / "model.pt")
     code, printed, err = run(train.main, *flags(out, *init))
     assert code == 0 and "tae: that of" in printed, err
+    assert "captions of more than 24 bytes are cut" in printed
     assert equal(torch.load(out / "tae.pt")["state"], bundle["tae"])
     assert not checkpoints(out, "tae") and checkpoint(out, "jam")["origin"].startswith("its own of")
     assert "begun with origin" in refuses(train.main, *flags(out, "--stage", "jam"))
@@ -608,7 +619,8 @@ def test_stages_say_what_they_lack(tmp_path, refuses):
         complaint = refuses(train.main, *flags(tmp_path / stage, "--stage", stage))
         assert f"has no {lacking} yet, run --stage" in complaint
     (tmp_path / "file").write_text("")
-    assert "file/run/previews: Not a directory" in refuses(train.main, *flags(tmp_path / "file/run"))
+    assert "file/run/previews: Not a directory" in refuses(
+        train.main, *flags(tmp_path / "file/run"))
 
 
 def test_damaged_files_and_latents_of_another_tae_are_refused(finished, tmp_path, refuses):
@@ -616,12 +628,14 @@ def test_damaged_files_and_latents_of_another_tae_are_refused(finished, tmp_path
     state = torch.load(out / "tae.pt")
     state["state"]["mean"] += 1
     torch.save(state, out / "tae.pt")
-    assert "encoded by another TAE" in refuses(train.main, *flags(out, "--stage", "encode"))
+    for stage in ("encode", "jam"):
+        assert "encoded by another TAE" in refuses(train.main, *flags(out, "--stage", stage))
     (out / "tae.pt").write_bytes((out / "tae.pt").read_bytes()[:1000])
     assert "not a tae file, or damaged" in refuses(train.main, *flags(out, "--stage", "encode"))
     torch.save({"kind": "tae", "origin": "", "state": {}}, out / "tae.pt")
     assert "tae.pt: not the TAE of preset tiny" in refuses(
         train.main, *flags(out, "--stage", "encode"))
+    shutil.copy(finished / "tae.pt", out)
     for part in checkpoints(out, "base")[-1].glob("*.distcp"):
         part.write_bytes(part.read_bytes()[:1000])
     for stage in "base", "jam":

@@ -528,6 +528,23 @@ def test_sampler_takes_three_evaluations_a_step_then_two():
     assert [t[0].item() for _, t, _ in model.calls] == linear_quadratic(6)[:-1].tolist()
 
 
+def test_models_that_take_bf16_lose_no_time_and_no_small_steps_by_it():
+    """Of t, of the noise and of the path: these stay fp32; the model is given bf16."""
+    x, d, y, null = (part.bfloat16() for part in case())
+    model = Foreign(4)
+    joint_loss(model, x, d, y, null)
+    (z_t, t, _), = model.calls
+    assert z_t.dtype == torch.bfloat16 and t.dtype == torch.float32
+    end = torch.cat([x, d], 1).float()
+
+    def towards(z, t, y):                   # the velocity of a straight path from zero to `end`
+        assert z.dtype == torch.bfloat16
+        return end.repeat(len(z) // len(end), 1, 1, 1, 1)
+
+    there = euler_sample(towards, 0 * x, 0 * d, y, linear_quadratic(1000), 0, 0, "inner", null)
+    torch.testing.assert_close(torch.cat(there, 1), end, atol=1e-4, rtol=0)
+
+
 def test_sampler_takes_models_without_motion():
     x, _, y, null = case()
     out, nothing = euler_sample(Foreign(2), x, None, y, linear_quadratic(4, 20), 4, 3, "cfg", null)
