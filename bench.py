@@ -248,6 +248,14 @@ def vbench(video, fps, raft, flow=None):
     return {"dynamic": dynamic, "flicker": flicker, "smooth": smooth}
 
 
+VBENCH = "dynamic degree %", "temporal flickering %", "motion smoothness %"
+
+
+def vbench_cells(rows):
+    """The three of them over many videos, in per cent."""
+    return [cell([row[key] for row in rows], 100) for key in ("dynamic", "flicker", "smooth")]
+
+
 def frame_statistics(video):
     """(N, T, 3, H, W) -> (N T, 27): colour, contrast and edges of every frame, by thirds of it."""
     frames = video.flatten(0, 1)
@@ -290,9 +298,8 @@ def held_out_clips(n, frames, size, start=HELD_OUT + 10_000):
     flow, captions, scenes."""
     seeds, chosen = start, []
     while len(chosen) < n:
-        video, flow, captions, scenes = sprite_clips(range(seeds, seeds + 64), frames, size, rich=0)
-        chosen += [(v, f, c, s) for v, f, c, s in zip(video, flow, captions, scenes)
-                   if len(s["sprites"]) == 1]
+        clips = zip(*sprite_clips(range(seeds, seeds + 64), frames, size, rich=0))
+        chosen += [clip for clip in clips if len(clip[3]["sprites"]) == 1]
         seeds += 64
     video, flow, captions, scenes = zip(*chosen[:n])
     return torch.stack(video), torch.stack(flow), list(captions), list(scenes)
@@ -483,12 +490,8 @@ def compare(world):
                 moving = (told.norm(dim=1) > .3) | (seen.norm(dim=1) > .3)
                 apart.append((told - seen).norm(dim=1)[moving].mean().item()
                              if moving.any() else None)
-        table.append([name, cell([m["dynamic"] for m in metrics], 100),
-                      cell([m["flicker"] for m in metrics], 100),
-                      cell([m["smooth"] for m in metrics], 100), cell(apart),
-                      distance_cell(video, others)])
-    header = [f"the first {some} prompts", "dynamic degree %", "temporal flickering %",
-              "motion smoothness %", "motion predicted against seen by RAFT, px",
+        table.append([name, *vbench_cells(metrics), cell(apart), distance_cell(video, others)])
+    header = [f"the first {some} prompts", *VBENCH, "motion predicted against seen by RAFT, px",
               f"frame distance to {args.n} other real clips (all prompts)"]
     kinds = sorted({r["kind"] for r in results["real clips"]})
     by_kind = [[name, *(cell([r["named"] for r in rows if r["kind"] == k], 100) for k in kinds),
@@ -621,12 +624,11 @@ def metrics(args):
     if not rows:
         raise ValueError(f"{args.paths[0]}: no video to measure ({skipped} cannot be read, "
                          f"{missing} prompts have none)")
-    values = [[r[k] for r in rows.values()] for k in ("dynamic", "flicker", "smooth")]
     return {"about": f"n = {len(rows)} videos of {len({prompt_of(Path(name)) for name in rows})} "
                      f"prompts, {skipped} skipped, {missing} prompts without a video. By VBench's "
                      "formulas; RAFT is ours, and interpolates in place of AMT.",
-            "tables": [(["", "dynamic degree %", "temporal flickering %", "motion smoothness %"],
-                        [[args.paths[0], *(cell(part, 100) for part in values)]])], "videos": rows}
+            "tables": [(["", *VBENCH], [[args.paths[0], *vbench_cells(rows.values())]])],
+            "videos": rows}
 
 
 def generate(args):
@@ -665,7 +667,7 @@ def speed(args):
     precision (bf16 where the device is fast at it) and run."""
     device = device_of(args.device)
     base, jam = (VideoJAM.load(weights_of(args), which, device) for which in ("base", "jam"))
-    preset, B, result = base.config, args.batch, {}
+    preset, B = base.config, args.batch
     shape = preset.latent_shape()
     y = tokenize(["a red square moves left slowly"] * B).to(device)
     product = torch.randn(4096, 4096, dtype=fast_dtype(device), device=device)
@@ -725,8 +727,8 @@ def speed(args):
         lambda: [sprite_clips(range(i, i + 32)) for i in range(0, 128, 32)], device, 3) / 128, 0))
     memory = (torch.cuda.max_memory_allocated() if device.type == "cuda"
               else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    for name, seconds, count in rows:
-        result[name] = {"ms": 1e3 * seconds, "GFLOP": count / 1e9, "share": count / seconds / peak}
+    result = {name: {"ms": 1e3 * seconds, "GFLOP": count / 1e9, "share": count / seconds / peak}
+              for name, seconds, count in rows}
 
     def ratio(a, b, name):
         return result[name.format(a)]["ms"] / result[name.format(b)]["ms"]

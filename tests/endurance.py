@@ -209,14 +209,15 @@ def test_shipped_raft_on_200_held_out_clips_of_sprites():
     print(f"\nend-point error on sprites, px: median of all pixels {error.median():.3f}, mean "
           f"{error.mean():.3f}; median of the {moves.mean():.0%} that move "
           f"{error[moves > 0].median():.3f}")
-    assert error[moves > 0].median() < .8                   # (2.2 px for a flow of zero)
+    assert error.median() < .1 and error[moves > 0].median() < .5   # (2.2 px for a flow of zero)
 
 
 @pytest.mark.skipif("SKIMAGE" not in os.environ, reason="no path to an unzipped wheel of "
                     "scikit-image in SKIMAGE (pip download --no-deps scikit-image)")
 @pytest.mark.parametrize("weights", [ROOT / "weights/raft.pt", os.environ.get("RAFT_AUTHORS")])
 def test_shipped_raft_on_the_stereo_motorcycle(weights, monkeypatch):
-    """A real pair, whose flow is minus the disparity; in three sizes (shorter side, px)."""
+    """A real pair, whose flow is minus the disparity; in three sizes (shorter side, px). OpenCV's
+    DIS has 0.743, 1.120 and 2.63 px."""
     if weights is None:
         pytest.skip("no path to the authors' raft-small.pth in RAFT_AUTHORS")
     data = Path(os.environ["SKIMAGE"], "skimage/data")
@@ -226,7 +227,7 @@ def test_shipped_raft_on_the_stereo_motorcycle(weights, monkeypatch):
     known = disparity.isfinite().float()
     disparity = disparity.where(known > 0, 0).float()
     raft, results = RAFT.load(weights), []
-    for side in (64, 128, 500):
+    for side, most in ((64, .743), (128, 1.12), (500, 3.3)):
         size = [round(length * side / 500) for length in disparity.shape[-2:]]
         frames, truth, share = (F.interpolate(x, size, mode="area")
                                 for x in (pair, disparity, known))
@@ -236,7 +237,7 @@ def test_shipped_raft_on_the_stereo_motorcycle(weights, monkeypatch):
             flow = estimate_flow(raft, frames[None])[0, :1]
             error = (flow - torch.cat([truth, 0 * truth], 1)).norm(dim=1, keepdim=True)
             results.append(error[counted].mean().item())
-            assert results[-1] < .5 * truth[counted].abs().mean()
+            assert results[-1] < most
     print(f"\n{weights}, motorcycle of 64, 128, 500 px: "
           + ", ".join(f"{a:.3f} (bf16 {b:.3f})" for a, b in zip(results[::2], results[1::2])))
     assert all(b < 1.02 * a for a, b in zip(results[::2], results[1::2]))
@@ -269,4 +270,4 @@ def test_flow_is_faster_than_torchvisions_pair_by_pair(monkeypatch):
     each = {name: 1e3 / 15 * float(np.median(times)) for name, times in seconds.items()}
     print("\nms a pair of frames: " + ", ".join(
         f"{name} {ms:.0f} ({each['torchvision'] / ms:.2f} times)" for name, ms in each.items()))
-    assert each["fp32"] < each["torchvision"]
+    assert 1.3 * each["fp32"] < each["torchvision"] and 1.8 * each["bf16"] < each["torchvision"]
