@@ -913,17 +913,17 @@ def enlarged_crops(frame1, frame2, flow, generator):
 def training_pairs(step, batch, photos=()):
     """The batch of a step: frame1, frame2, flow, at the resolution that the network works at.
 
-    Every fourth is a quarter as many scenes of 256 px; the others, of 128 px, are from sprites and
+    Every other one is a quarter as many scenes of 256 px; the rest, of 128 px, are from sprites and
     scenes of 64 px enlarged, and scenes of 128 px."""
-    if step % 4 == 3:
+    if step % 2:
         return flow_scenes(max(1, batch // 4), 256, step, photos=photos)
     sprites = batch * 3 // 8
     scenes = (batch - sprites) // 2
     # fewer frames: faster motion, yet a square must turn by less than 45 degrees to be followed
-    frames = (12, 16, 20)[step % 4]
+    frames = (12, 16, 20)[step // 2 % 3]
     video, flow, _, _ = sprite_clips(range(step * sprites, (step + 1) * sprites), frames, 64)
     clip = torch.arange(sprites)
-    k = (step // 4 + 5 * clip) % (frames - 1)
+    k = (step // 2 + 5 * clip) % (frames - 1)
     small = [torch.cat(parts) for parts in zip((video[clip, k], video[clip, k + 1], flow[clip, k]),
                                                flow_scenes(scenes, 64, step, photos=photos))]
     enlarged = enlarged_crops(*small, torch.Generator().manual_seed(step))
