@@ -1031,7 +1031,8 @@ def encode(run):
 
 def train_dit(run, stage):
     """base, jam or control: the same data and lines; jam alone has d beside x."""
-    world, tae = run.world, run.tae()       # opened by all, before rank 0 alone shows a preview
+    world = run.world                       # opened by all, before rank 0 alone shows a preview
+    run.tae()                               # refuses a TAE that has not encoded the latents
     motion, C = stage == "jam", run.preset.tae.channels
     with torch.device("meta"):
         model = run.new_dit(motion)
@@ -1086,7 +1087,7 @@ def train_dit(run, stage):
         dtype = torch.bfloat16 if run.device.type == "cuda" else torch.float32
         dit = run.whole_dit(path, stage, dtype).to(run.device)
         captions = world.held_out(8)[1]         # (their flow would be RAFT's work for nothing)
-        bundle = VideoJAM(run.preset, tae, dit, stage)
+        bundle = VideoJAM(run.preset, run.tae(), dit, stage)
         shown = [part.cpu() for part in bundle.generate(captions, steps=30) if part is not None]
         write_video(run.out / f"previews/{stage}-{step:06d}.mp4", grid(*shown), run.preset.fps)
 
