@@ -184,17 +184,25 @@ def examine(path, caption, preset):
 
 def read_clip(path, start, frames, fps, size):
     """(frames, 3, size, size) uint8 of a video file from the time `start`, in frames of `fps`:
-    frame k shows what the file shows at (start + k) / fps seconds; scaled, its middle cut out. (A
-    seek can be off by a frame in old formats: the last one is then shown twice.)"""
-    filters = (f"fps={fps}:round=up,tpad=stop=1:stop_mode=clone,format=rgb24,"
-               f"scale={size}:{size}:force_original_aspect_ratio=increase,crop={size}:{size}")
-    try:
-        _, *video = read_frames(str(path), input_params=["-ss", f"{start / fps:.4f}"],
-                                output_params=["-vf", filters, "-frames:v", str(frames)])
-    except Exception:                       # whatever the decoder says of a broken file
-        raise ValueError("cannot be decoded") from None
-    if len(video) != frames:
-        raise ValueError(f"{len(video)} of {frames} frames from {start / fps:.1f} s on: cut off?")
+    frame k shows what the file shows at (start + k) / fps seconds; scaled, its middle cut out.
+
+    ffmpeg seeks two seconds ahead of that, so that it knows what is shown there. Where decoding
+    from a key frame in the middle fails, it begins with the file: there are files whose decoder
+    needs their first frame, and shows grey and green without."""
+    for lead, strict in ((min(start, 2 * fps), ["-xerror", "-err_detect", "explode"]), (start, [])):
+        filters = (f"fps={fps}:round=up,trim=start={max(0, lead - .5) / fps:.4f},"
+                   f"setpts=PTS-STARTPTS,tpad=stop=1:stop_mode=clone,format=rgb24,"
+                   f"scale={size}:{size}:force_original_aspect_ratio=increase,crop={size}:{size}")
+        video = []
+        with contextlib.suppress(Exception):        # whatever the decoder says of a broken file
+            _, *video = read_frames(
+                str(path), input_params=[*strict, "-ss", f"{(start - lead) / fps:.4f}"],
+                output_params=["-vf", filters, "-frames:v", str(frames)])
+        if len(video) == frames:
+            break
+    else:
+        raise ValueError(f"{len(video)} of {frames} frames can be decoded from {start / fps:.1f} s "
+                         f"on: damaged, or cut off?")
     video = np.frombuffer(b"".join(video), np.uint8).reshape(frames, size, size, 3)
     return torch.from_numpy(video.copy()).permute(0, 3, 1, 2)
 
