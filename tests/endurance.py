@@ -227,7 +227,7 @@ def test_shipped_raft_on_the_stereo_motorcycle(weights, monkeypatch):
     known = disparity.isfinite().float()
     disparity = disparity.where(known > 0, 0).float()
     raft, results = RAFT.load(weights), []
-    for side, most in ((64, .743), (128, 1.12), (500, 3.3)):
+    for side, most in ((64, .743), (128, 1.12), (500, 2.9)):
         size = [round(length * side / 500) for length in disparity.shape[-2:]]
         frames, truth, share = (F.interpolate(x, size, mode="area")
                                 for x in (pair, disparity, known))
