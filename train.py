@@ -1040,7 +1040,6 @@ def encode(run):
 def train_dit(run, stage):
     """base, jam or control: the same data and lines; jam alone has d beside x."""
     world = run.world                       # opened by all, before rank 0 alone shows a preview
-    run.tae()                               # refuses a TAE that has not encoded the latents
     motion, C = stage == "jam", run.preset.tae.channels
     with torch.device("meta"):
         model = run.new_dit(motion)
@@ -1065,6 +1064,7 @@ def train_dit(run, stage):
     latents = Latents(run.out / "latents")
     if not latents.captions:
         raise ValueError(f"{run.out}: has no latents yet, run --stage encode first")
+    run.tae()                               # refuses a TAE that has not encoded them
     most = model.config.max_bytes
     if long := sum(cut(caption, most) != caption for caption in latents.captions):
         say(f"{stage}: {long} captions of more than {most} bytes are cut")
