@@ -96,6 +96,14 @@ def read_file(path, kind):
     return content
 
 
+def refuse_changes(folder, before, settings):
+    """ValueError where a folder's training was begun with other settings than these."""
+    changed = "; ".join(f"{k} {before.get(k)!r}, not {v!r}" for k, v in settings.items()
+                        if before.get(k) != v)
+    if changed:
+        raise ValueError(f"{folder} was begun with {changed}: take another --out")
+
+
 def fast_dtype(device):
     """bf16 where the device multiplies it faster than fp32: GPUs, and CPUs that have instructions
     for it. Elsewhere fp32, which is two to four times as fast there."""
@@ -970,9 +978,7 @@ def train_raft(out="runs/raft", steps=20_000, batch=8, lr=4e-4, weights=None, im
     start, scores = 0, {}
     if (out / "state.pt").exists():
         state = read_file(out / "state.pt", "raft training")
-        if changed := [f"{k} {v!r}, not {settings[k]!r}" for k, v in state["settings"].items()
-                       if v != settings[k]]:
-            raise ValueError(f"{out} was begun with {'; '.join(changed)}: take another --out")
+        refuse_changes(out, state["settings"], settings)
         start = state["step"]
         raft.load_state_dict(state["model"])
         adamw.load_state_dict(state["adamw"])

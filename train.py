@@ -50,8 +50,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from flow import (HELD_OUT, RAFT, ROOT, autocast, check_video, estimate_flow, fast_dtype,
-                  flow_to_rgb, optimizers, read_file, report_errors, sprite_clips, write_file,
-                  write_tensors, write_text)
+                  flow_to_rgb, optimizers, read_file, refuse_changes, report_errors, sprite_clips,
+                  write_file, write_tensors, write_text)
 from videojam import (FOLD, PRESETS, TAE, DiT, VideoJAM, cut, initialize, read_bundle,
                       squared_errors, tae_loss, tokenize, widen)
 
@@ -519,11 +519,7 @@ class Run:
                     **json.loads(json.dumps(dataclasses.asdict(self.preset)))}
         path = self.out / "settings.json"
         if path.is_file():
-            before = read_json(path)
-            changed = "; ".join(f"{k} {before.get(k)!r}, not {v!r}" for k, v in settings.items()
-                                if before.get(k) != v)
-            if changed:
-                raise ValueError(f"{self.out} was begun with {changed}: take another --out")
+            refuse_changes(self.out, read_json(path), settings)
         if args.data and not Path(args.data).is_dir():
             raise ValueError(f"--data {args.data}: no such folder")
         if args.data:
