@@ -425,7 +425,9 @@ def paired_table(results, against):
 # ---------------------------------------------------------------- the experiments
 
 def motivation(world):
-    """Sec. 3, Fig. 3: the appearance loss before and after the frames are permuted."""
+    """Sec. 3, Fig. 3: the appearance loss before and after the frames are permuted. The paper has
+    35,000 training clips, each at one random step, and the difference of the losses; here a few
+    held-out clips are seen at all steps, and the rise is relative, per clip."""
     config, n = world.config, min(world.args.n, 64)
     seeds, rng = [scene["seed"] for scene in world.scenes[:n]], np.random.default_rng(0)
     orders = [rng.permutation(config.frames) for _ in seeds]
@@ -457,7 +459,8 @@ def motivation(world):
                      f"{n} clips (64 at most), the same noise and permutation for every model, 95% "
                      "bands. Flat: the share of steps up to 60 where the rise is surely below 2%. "
                      "VideoJAM sees the noised flow of the permuted clip too; with d = 0 it does "
-                     "not. At step 0 (t = 0) all see noise alone.",
+                     "not. At step 0 (t = 0) all see noise alone: what rises there is how "
+                     "unlikely the permuted clip is, not what a model notices.",
             "tables": [(["", "flat up to step 60", "mean rise %"], table)],
             "curves": [("sampler's step", curves), ("t (0 noise, 1 data)", by_t)]}
 
@@ -505,8 +508,9 @@ def compare(world):
         tables.insert(1, paired_table(results, "control"))
     quality = [cell(psnr(real, videos["through the TAE"][0])),
                cell(psnr(rgb, world.coded(rgb, True)))]
-    return {"about": f"n = {args.n} held-out prompts of one sprite on a plain background, the "
-                     f"first {args.seeds} of each, the same noise for every model, "
+    return {"about": f"n = {args.n} prompts, those of held-out clips of one sprite on a plain "
+                     f"background ({len(set(world.captions))} of them different), the first "
+                     f"{args.seeds} of each, the same noise for every model, "
                      f"{args.steps} steps, w1 = {args.w1:g}; 95% bootstrap intervals over prompts "
                      "(that of the frame distance leans upwards: what is drawn twice varies less). "
                      f"TAE: {quality[0]} dB, RGB flow {quality[1]} dB.",
@@ -523,8 +527,8 @@ def ablation(world):
                "without motion guidance": world.sample(w2=0.),
                # classifier-free guidance on u(x, 0, y): composable guidance without its motion term
                "d = 0 at inference": world.sample(mode="composable", w1=world.args.w1 + 1, w2=0.),
-               "InstructPix2Pix": world.sample(mode="ip2p", motion_steps=steps),
-               "composable": world.sample(mode="composable", motion_steps=steps)}
+               "InstructPix2Pix": world.sample(mode="ip2p"),
+               "composable": world.sample(mode="composable")}
     results |= {f"w2 = {w:g}": world.sample(w2=w) for w in (1., 2., 4., 6.)}
     results |= {f"w2 in the first {share}% of steps": world.sample(motion_steps=steps * share / 100)
                 for share in (25, 75, 100)}
@@ -535,7 +539,7 @@ def ablation(world):
             w1=world.args.w1, w2=w2, progress=run)
     rows = {name: judge(video, world.scenes)
             for name, (video, _) in (world.ceilings | results).items()}
-    return {"about": f"n = {world.args.n} held-out prompts, the same noise in every row. "
+    return {"about": f"n = {world.args.n} held-out clips' prompts, the same noise in every row. "
                      "InstructPix2Pix and composable guidance act in all steps. The p values are "
                      "not corrected for their number.",
             "tables": [physics_table(rows), paired_table(rows, f"VideoJAM, w2 = {w2:g}")],
@@ -620,13 +624,17 @@ def metrics(args):
             continue
         if prompt_of(path) == path.stem:
             tqdm.write(f"{path.name}: not named PROMPT-INDEX, its name is taken as the prompt")
+        if args.size:
+            video = F.interpolate(video, (args.size, args.size), mode="bilinear", antialias=True)
         rows[path.name] = vbench(video, fps, raft)
     if not rows:
         raise ValueError(f"{args.paths[0]}: no video to measure ({skipped} cannot be read, "
                          f"{missing} prompts have none)")
-    return {"about": f"n = {len(rows)} videos of {len({prompt_of(Path(name)) for name in rows})} "
-                     f"prompts, {skipped} skipped, {missing} prompts without a video. By VBench's "
-                     "formulas; RAFT is ours, and interpolates in place of AMT.",
+    size = f"resized to {args.size} px" if args.size else "in their own sizes"
+    prompts = {prompt_of(Path(name)) for name in rows}
+    return {"about": f"n = {len(rows)} videos of {len(prompts)} prompts, {size}, {skipped} "
+                     f"skipped, {missing} prompts without a video. By VBench's formulas; RAFT is "
+                     "ours, and interpolates in place of AMT.",
             "tables": [(["", *VBENCH], [[args.paths[0], *vbench_cells(rows.values())]])],
             "videos": rows}
 
@@ -640,12 +648,14 @@ def generate(args):
         raise ValueError(f"{args.paths[0]}: two prompts have the same first 180 bytes, and so "
                          "would the names of their files")
     out.mkdir(parents=True, exist_ok=True)
-    bundle = VideoJAM.load(weights_of(args), args.which)
+    bundle = VideoJAM.load(weights_of(args), args.which, device_of(args.device))
     say_cut(prompts, bundle.config.dit.max_bytes)
     many = [prompt for prompt in prompts for _ in range(args.seeds)]
-    video, _ = bundle.generate(many, steps=args.steps, w1=args.w1, w2=args.w2, progress="generate")
-    for i, (prompt, clip) in enumerate(zip(many, video)):
-        write_video(out / f"{file_stem(prompt)}-{i % args.seeds}.mp4", clip, bundle.config.fps)
+    for start in tqdm(range(0, len(many), 16), desc="generate"):     # written as they come
+        some = many[start:start + 16]
+        video, _ = bundle.generate(some, args.steps, args.w1, args.w2, seed=start)
+        for i, (prompt, clip) in enumerate(zip(some, video), start):
+            write_video(out / f"{file_stem(prompt)}-{i % args.seeds}.mp4", clip, bundle.config.fps)
     print(f"{out}: {len(many)} videos")
 
 
@@ -760,7 +770,8 @@ image-rendering:pixelated;margin:.5em}button{font-size:1em;padding:.5em 2em;marg
 <div><video id="left" autoplay loop muted playsinline></video>
 <video id="right" autoplay loop muted playsinline></video></div><h3 id="question"></h3>
 <button id="1">left (1 or &larr;)</button><button id="2">right (2 or &rarr;)</button>
-<p><button id="save">save the votes</button> <button id="undo">undo (u)</button></p>
+<p><button id="save">save the votes</button> <button id="undo">undo (u)</button>
+<button id="new">another rater</button></p>
 <script>
 const data = DATA, keys = Object.keys(data.questions), $ = id => document.getElementById(id);
 const shuffled = a => { for (let i = a.length - 1; i > 0; i--) {
@@ -796,6 +807,8 @@ function save() {
 }
 $("1").onclick = () => vote(1); $("2").onclick = () => vote(2); $("save").onclick = save;
 $("undo").onclick = () => { votes.pop(); show(); };
+$("new").onclick = () => { if (confirm("Are these votes saved? They go away.")) {
+  localStorage.removeItem(memory); location.reload(); } };
 document.onkeydown = e => {
   const side = {1: 1, ArrowLeft: 1, 2: 2, ArrowRight: 2}[e.key];
   if (e.repeat) return;
@@ -810,16 +823,19 @@ def data_url(path):
 
 
 def rate(args):
-    """One page that asks which of two videos is better: pairs in random order, sides hidden."""
-    if len(args.paths) != 2:
-        raise ValueError("rate takes two folders of videos with the same names")
+    """One page that asks which of two videos is better: pairs in random order, sides hidden. With
+    a prompt file, whole prompts are shown where the files' names have only their beginning."""
+    if len(args.paths) not in (2, 3):
+        raise ValueError("rate takes two folders of videos with the same names, and a prompt file "
+                         "if you like")
     a, b = ({path.stem: path for path in videos_of(folder, (".mp4", ".webm"))}    # (browsers' own)
-            for folder in args.paths)
+            for folder in args.paths[:2])
+    prompts = {file_stem(prompt): prompt for file in args.paths[2:] for prompt in read_lines(file)}
     names = sorted(a.keys() & b.keys())
     if not names:
         raise ValueError(f"{args.paths[0]} and {args.paths[1]}: no video has the same name in both")
-    pairs = [{"name": name, "prompt": prompt_of(a[name]), "a": data_url(a[name]),
-              "b": data_url(b[name])} for name in names]
+    pairs = [{"name": name, "prompt": prompts.get(prompt_of(a[name]), prompt_of(a[name])),
+              "a": data_url(a[name]), "b": data_url(b[name])} for name in names]
     data = json.dumps({"a": args.paths[0], "b": args.paths[1], "questions": QUESTIONS,
                        "pairs": pairs}).replace("<", "\\u003c")
     args.out.mkdir(parents=True, exist_ok=True)
@@ -830,7 +846,8 @@ def rate(args):
 
 
 def votes(args):
-    """The paper's table: the share of votes for A, and how far raters agree."""
+    """The paper's table: votes for A, as the mean over pairs of their share, and how far raters
+    agree. (The paper has 5 raters a pair, 640 votes a baseline at least.)"""
     ballots, sides = {}, set()
     for path in args.paths:
         try:
@@ -850,11 +867,12 @@ def votes(args):
         if cast:
             agree = [np.mean([i == j for n, i in enumerate(v) for j in v[:n]])
                      for v in cast if len(v) > 1]
-            table.append([question, str(sum(map(len, cast))),
+            raters = set().union(*(v for (asked, _), v in ballots.items() if asked == question))
+            table.append([question, str(len(raters)), str(sum(map(len, cast))),
                           cell([np.mean(v) for v in cast], 100), cell(agree, 100)])
     (a, b), = sides
     return {"about": f"A = {a}, B = {b}; intervals by bootstrap over pairs.",
-            "tables": [(["", "votes", "for A %", "two raters agree %"], table)]}
+            "tables": [(["", "raters", "votes", "for A %", "two raters agree %"], table)]}
 
 
 # ---------------------------------------------------------------- the report
@@ -950,15 +968,18 @@ def main():
     parser.add_argument("--w2", type=float, default=3.)
     parser.add_argument("--quick", action="store_true", help="16 prompts, 25 steps, RAFT for 4 "
                         "of them: a look")
+    parser.add_argument("--size", type=int, help="metrics: resize videos to a square of this many "
+                        "pixels a side first (the paper: 256)")
     parser.add_argument("--batch", type=int, default=64, help="clips in a step of `speed`")
-    parser.add_argument("--device", default="cpu", help="of `speed`")
+    parser.add_argument("--device", help="of `speed` and `generate`; default: a GPU if there is "
+                        "one")
     parser.add_argument("--out", type=Path, help="folder; default: runs/bench, or in it")
     args = parser.parse_intermixed_args()
     args.n = args.n if args.n is not None else 16 if args.quick else 50
     args.steps = args.steps if args.steps is not None else 25 if args.quick else 100
     args.few = 4 if args.quick else 24      # clips that RAFT, which is slow, looks at
-    for name in ("n", "steps", "seeds", "batch"):
-        if getattr(args, name) < 1:
+    for name in ("n", "steps", "seeds", "size", "batch"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} must be positive, got {getattr(args, name)}")
     args.out = args.out or Path("runs/bench") / (args.experiment or "")
     command = "python bench.py " + shlex.join(sys.argv[1:])

@@ -36,7 +36,7 @@ def parse():
     parser.add_argument("--motion", action="store_true", help="show the predicted motion too")
     parser.add_argument("--compare", action="store_true", help="base model beside VideoJAM")
     parser.add_argument("--upscale", type=int, help="enlarge by this (default: to about 256 px)")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", help="default: a GPU if there is one")
     return parser.parse_args()
 
 

@@ -430,7 +430,9 @@ def generator(*key):
 
 
 def device_of(name):
-    """The device that --device names. ValueError where this machine has none such."""
+    """The device that --device names; without it, a GPU if there is one. ValueError where this
+    machine has none such."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     with contextlib.suppress(RuntimeError, AssertionError):
         if (device := torch.empty(0, device=name).device).type != "meta":
             return device
@@ -1215,7 +1217,7 @@ def parse():
                         "of the diagonal has full colour (default %(default)s, the paper's)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=4, help="threads that read data ahead")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--precision", choices=("bf16", "fp32"), help="of matrix products "
                         "(RAFT's apart); default: bf16 where the device is fast at it")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction,

@@ -323,8 +323,9 @@ class TextLayer(nn.Module):
 
 class TextEncoder(nn.Module):
     """Tokens (B, L) -> features (B, ceil(L / FOLD), text_width), mask (B, 1, 1, ceil(L / FOLD))
-    that hides padding. Every FOLD tokens become one position at first: there are more bytes than
-    video tokens. Stands for the paper's UL2, ByT5 and MetaCLIP; trained together with the DiT."""
+    that hides padding. Every FOLD tokens become one position at first: a caption has about as many
+    bytes as the toy's video has tokens, and would cost as much. Stands for the paper's UL2, ByT5
+    and MetaCLIP; trained together with the DiT."""
     def __init__(self, config):
         super().__init__()
         width, heads = config.text_width, round(config.text_width / 64)
@@ -578,7 +579,8 @@ GUIDANCE = ("inner", "cfg", "none", "ip2p", "composable")
 
 
 def guidance_terms(mode, w1, w2):
-    """The score of a mode as a sum of evaluations: (weight, with d?, with y?) each."""
+    """The score of a mode as a sum of evaluations: (weight, with d?, with y?) each. w1 = 5 in
+    Eq. 8 is what others call a guidance scale of 6; in the modes of App. A it is one of 5."""
     if mode == "none":
         return [(1, True, True)]
     if mode == "cfg":                               # Ho & Salimans: Eq. 8 without its motion term
@@ -624,10 +626,12 @@ def linear_quadratic(steps, emulated=1000):
 def euler_sample(model, x, d, y, times, w1=5., w2=3., mode="inner", null=None, motion_steps=None,
                  progress=None):
     """From noise x, d (B, C, ...) at times[0] to times[-1] by Euler steps: returns x, d. w2 acts in
-    the first motion_steps, by default half of all: there motion is decided (App. C). d = None: a
-    model without motion."""
+    the first motion_steps, by default half of all: there motion is decided (App. C). In ip2p and
+    composable guidance by default in all: there w2 = 0 is not to guide less, but not to see d.
+    d = None: a model without motion."""
     steps, C = len(times) - 1, x.shape[1]
-    motion_steps = steps / 2 if motion_steps is None else motion_steps
+    if motion_steps is None:
+        motion_steps = steps if mode in ("ip2p", "composable") else steps / 2
     z = x if d is None else torch.cat([x, d], 1)
     dtype, z = z.dtype, z.to(torch.promote_types(z.dtype, torch.float32))   # bf16 loses small steps
     for i in tqdm(range(steps), desc=progress, disable=progress is None):
@@ -720,7 +724,8 @@ class VideoJAM:
         config, tae, dits = read_bundle(path)
         if which not in dits:
             raise ValueError(f"{path}: has no {which!r} model, only {', '.join(dits)}")
-        return cls(config, tae.float().to(device), dits[which].float().to(device), which)
+        tae, dit = (model.to(device, torch.float32) for model in (tae, dits[which]))
+        return cls(config, tae, dit, which)
 
     @torch.no_grad()
     def generate(self, prompts, steps=100, w1=5., w2=3., seed=0, mode=None, emulated=1000, batch=16,

@@ -9,6 +9,7 @@ import torch
 import bench
 from bench import fit_motion, held_out_clips, interval, judge, track
 from flow import COLOURS
+from videojam import VideoJAM
 
 
 @pytest.fixture(scope="module")
@@ -173,20 +174,45 @@ def test_a_folder_is_generated_measured_and_rated(bundle, run, tmp_path, refuses
     assert len(names) == 4 and "a red square-0.mp4" in names and "a red square-1.mp4" in names
     (tmp_path / "a" / "broken-0.mp4").write_bytes(b"no video")
     code, said, err = run(bench.main, "metrics", tmp_path / "a", "--out", tmp_path / "out")
-    assert not code and "4 videos of 2 prompts, 1 skipped" in said, err
+    assert not code and "4 videos of 2 prompts, in their own sizes, 1 skipped" in said, err
     (tmp_path / "some.txt").write_text("a red square\nanother\n")
-    code, said, err = run(bench.main, "metrics", tmp_path / "a", tmp_path / "some.txt")
-    assert not code and "2 videos of 1 prompts, 0 skipped, 1 prompts without" in said, err
+    sizes, measure = set(), bench.vbench
+    monkeypatch.setattr(bench, "vbench", lambda video, *rest: (
+        sizes.add(tuple(video.shape[1:])), measure(video, *rest))[1])
+    code, said, err = run(bench.main, "metrics", tmp_path / "a", tmp_path / "some.txt",
+                          "--size", 40)
+    assert not code and "2 videos of 1 prompts, resized to 40 px, 0 skipped, 1 prompts" in said, err
+    assert sizes == {(3, 40, 40)}
     (tmp_path / "twice.txt").write_text("x" * 200 + "1\n" + "x" * 200 + "2\n")
     assert "180 bytes" in refuses(bench.main, "generate", tmp_path / "twice.txt", tmp_path / "c")
     code, said, err = run(bench.main, "rate", tmp_path / "a", tmp_path / "b", "--out", tmp_path)
     assert not code and "2 pairs, 3 videos without a pair" in said, err
     page = (tmp_path / "rate.html").read_text()
     assert page.count("data:video/mp4;base64,") == 4 and "DATA" not in page
+    assert "x" * 300 not in page                            # the files' names hold 180 bytes
+    run(bench.main, "rate", tmp_path / "a", tmp_path / "b", tmp_path / "prompts.txt",
+        "--out", tmp_path)
+    assert '"prompt": "a b/c ' in (page := (tmp_path / "rate.html").read_text())
+    assert "x" * 300 in page
     (tmp_path / "empty").mkdir()
     assert "no videos" in refuses(bench.main, "metrics", tmp_path / "empty")
     assert "no videos" in refuses(bench.main, "rate", tmp_path / "a", tmp_path / "missing")
     assert "prompts.txt" in refuses(bench.main, "generate", tmp_path / "no-prompts.txt", tmp_path)
+
+
+def test_generate_draws_in_batches_what_it_would_draw_at_once(bundle, run, tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("a red square\n")
+    clips = {}
+    monkeypatch.setattr(bench, "write_video",
+                        lambda path, clip, fps: clips.update({path.name: clip}))
+    code, _, err = run(bench.main, "generate", tmp_path / "prompts.txt", tmp_path / "a",
+                       "--run", bundle, "--steps", 2, "--seeds", 18)
+    assert not code, err
+    whole, _ = VideoJAM.load(bundle / "model.pt").generate(
+        ["a red square"] * 18, steps=2)
+    assert len(clips) == 18
+    for i, clip in enumerate(whole):
+        assert torch.equal(clips[f"a red square-{i}.mp4"], clip)
 
 
 def test_votes_become_shares_with_intervals_and_agreement(run, tmp_path, refuses):
@@ -201,7 +227,7 @@ def test_votes_become_shares_with_intervals_and_agreement(run, tmp_path, refuses
     code, said, err = run(bench.main, "votes", "--out", tmp_path, one, two)
     assert not code, err
     (line,) = [line for line in said.splitlines() if line.startswith("| motion")]
-    assert "| 8 | 62.5 [" in line and "| 75.0 [" in line
+    assert "| 2 | 8 | 62.5 [" in line and "| 75.0 [" in line
     assert "same two folders" in refuses(bench.main, "votes", one, ballot("three", "a", "C"))
     (tmp_path / "foreign.json").write_text("[1]")
     assert "not a votes file" in refuses(bench.main, "votes", tmp_path / "foreign.json")

@@ -516,6 +516,16 @@ def test_sampler_is_euler_with_motion_guidance_in_the_first_half(mode, w1, w2, f
                                by_hand(Foreign(4), x, d, y, times, weights))
 
 
+@pytest.mark.parametrize("mode", ("ip2p", "composable"))
+def test_guidance_of_app_a_sees_the_motion_in_all_steps(mode):
+    (x, d, y, null), times, model = case(), linear_quadratic(4), Foreign(4)
+    sampled = euler_sample(model, x, d, y, times, 5, 3, mode, null)
+    for t, after in zip(times, times[1:]):
+        u = guided_velocity(model, x, d, t, y, 5, 3, mode, null)
+        x, d = (torch.cat([x, d], 1) + (after - t) * u).chunk(2, 1)
+    torch.testing.assert_close(sampled, (x, d))
+
+
 def test_sampler_takes_three_evaluations_a_step_then_two():
     (x, d, y, null), model = case(), Foreign(4)
     euler_sample(model, x, d, y, linear_quadratic(6), 5, 3, "inner", null)
