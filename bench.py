@@ -24,10 +24,10 @@ import sys
 import time
 from pathlib import Path
 
-import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.nn.functional as F
+from imageio_ffmpeg import read_frames
 from tqdm import tqdm
 
 from flow import (COLOURS, DIRECTIONS, HELD_OUT, RAFT, SHAPES, TRAVEL, TURNS, autocast, bouncing,
@@ -354,6 +354,7 @@ class World:
         self.video, self.flow, self.captions, self.scenes = held_out_clips(
             args.n, self.config.frames, self.config.size)
         self.done = {}
+        self.also = {run: VideoJAM.load(Path(run) / "model.pt") for run in args.also or ()}
 
     def sample(self, which="jam", **options):
         """Video and RGB motion for the prompts (--seeds times all of them, one after the other);
@@ -532,8 +533,7 @@ def ablation(world):
     results |= {f"w2 = {w:g}": world.sample(w2=w) for w in (1., 2., 4., 6.)}
     results |= {f"w2 in the first {share}% of steps": world.sample(motion_steps=steps * share / 100)
                 for share in (25, 75, 100)}
-    for run in world.args.also or ():
-        other = VideoJAM.load(Path(run) / "model.pt")
+    for run, other in world.also.items():
         results[run] = other.generate(
             world.captions * world.args.seeds, seed=HELD_OUT, batch=50, steps=steps,
             w1=world.args.w1, w2=w2, progress=run)
@@ -596,8 +596,8 @@ def videos_of(folder, kinds=(".mp4", ".webm", ".mov", ".avi", ".mkv", ".gif")):
 
 
 def file_stem(prompt):
-    """A prompt as a file's name: no slash, and 180 bytes at most (a name holds 255)."""
-    return prompt.replace("/", " ").encode()[:180].decode(errors="ignore")
+    """A prompt as a file's name: no slash or NUL, 180 bytes at most (a name holds 255)."""
+    return re.sub("[/\0]", " ", prompt).encode()[:180].decode(errors="ignore")
 
 
 def prompt_of(path):
@@ -616,17 +616,19 @@ def metrics(args):
         paths = [path for path in paths if prompt_of(path) in wanted]
     for path in tqdm(paths, desc="metrics"):
         try:
-            fps = iio.immeta(path, plugin="FFMPEG")["fps"]
-            video = torch.from_numpy(iio.imread(path, plugin="FFMPEG")).permute(0, 3, 1, 2) / 255
-        except Exception as error:          # whatever the decoder says of a broken file
-            tqdm.write(f"skipped {path.name}: {' '.join(str(error).split())[:80]}")
+            meta, *frames = read_frames(str(path.absolute()))
+            width, height = meta["size"]
+            video = torch.frombuffer(bytearray(b"".join(frames)), dtype=torch.uint8) \
+                .view(-1, height, width, 3).permute(0, 3, 1, 2) / 255
+        except Exception:                   # whatever the decoder says of a broken file
+            tqdm.write(f"skipped {path.name}: it cannot be decoded")
             skipped += 1
             continue
         if prompt_of(path) == path.stem:
             tqdm.write(f"{path.name}: not named PROMPT-INDEX, its name is taken as the prompt")
         if args.size:
             video = F.interpolate(video, (args.size, args.size), mode="bilinear", antialias=True)
-        rows[path.name] = vbench(video, fps, raft)
+        rows[path.name] = vbench(video, meta["fps"], raft)
     if not rows:
         raise ValueError(f"{args.paths[0]}: no video to measure ({skipped} cannot be read, "
                          f"{missing} prompts have none)")
@@ -857,7 +859,7 @@ def votes(args):
             for v in content["votes"]:
                 ballots.setdefault((v["question"], v["pair"]), {})[content["rater"]] = \
                     {"a": 1, "b": 0}[v["choice"]]
-        except (OSError, ValueError, KeyError, TypeError, AssertionError):
+        except (ValueError, KeyError, TypeError, AssertionError):
             raise ValueError(f"{path}: not a votes file of bench.py rate") from None
     if len(sides) != 1 or not ballots:
         raise ValueError("votes takes one or more files of votes on the same two folders")
@@ -988,6 +990,7 @@ def main():
         if section:
             report(args.out, {args.experiment: {**section, "command": command}}, 8)
     else:
+        args.out.mkdir(parents=True, exist_ok=True)         # or to have worked for nothing
         world, sections = World(args), {}
         for name in [args.experiment] if args.experiment else EXPERIMENTS:
             sections[name] = {**EXPERIMENTS[name](world), "command": command}

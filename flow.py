@@ -33,13 +33,19 @@ logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)     # it warns of ev
 # ---------------------------------------------------------------- files and errors, for all scripts
 
 def report_errors(main):
-    """Runs a script's main. Bad input, a ValueError, or a file that cannot be read or written ends
-    as one line on stderr and exit code 2, Ctrl-C as one line and a shell's usual 130."""
+    """Runs a script's main. Bad input, a ValueError, a file that cannot be read or written, or too
+    little memory ends as one line on stderr and exit code 2, Ctrl-C as one line and a shell's
+    usual 130."""
     script = Path(sys.argv[0]).name
     try:
         main()
-    except (ValueError, OSError) as error:
-        if getattr(error, "filename", None):
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or \
+                "can't allocate memory" in str(error):              # (the CPU's is a RuntimeError)
+            error = "out of memory: take a smaller batch or size, or fewer videos"
+        elif isinstance(error, RuntimeError):
+            raise
+        elif getattr(error, "filename", None):
             error = f"cannot use {error.filename}: {error.strerror}"
         print(f"{script}: {error}", file=sys.stderr)
         sys.exit(2)
@@ -66,8 +72,8 @@ def write_file(path, save):
 
 def check_video(path, frames):
     """OSError where a video that was just written is not whole, of which ffmpeg says nothing."""
-    try:
-        whole = imageio_ffmpeg.count_frames_and_secs(str(path))[0] == frames
+    try:                    # (absolute: to ffmpeg a name that begins as 12: has a protocol)
+        whole = imageio_ffmpeg.count_frames_and_secs(str(path.absolute()))[0] == frames
     except RuntimeError:
         whole = False
     if not whole:
@@ -715,7 +721,7 @@ def estimate_flow(raft, video, iters=12):
     if not video.isfinite().all():
         raise ValueError("the video has pixels that are NaN or infinite")
     (h, w), _ = raft.layout(H, W)
-    pairs = max(1, 2 ** 23 // (h * w // 64) ** 2)   # a chunk's correlation volume: 32 MB
+    pairs = max(1, 2 ** 23 // max(1, h * w // 64) ** 2)     # a chunk's correlations: 32 MB
     result = video.new_empty(B, T, 2, H, W)
     with autocast(video.device):
         for clip, flow in zip(video, result):
@@ -954,7 +960,9 @@ def validate(raft, out, clips=4):
         k = video.shape[1] // 2 - 1
         row = [video[:, k], video[:, k + 1], flow_to_rgb(truth[:, k]), flow_to_rgb(flow[:, k])]
         rows += F.interpolate(torch.cat(row, -1), (128, 4 * 128)).unbind()
-    iio.imwrite(f"{out}/preview.png", (torch.cat(rows, 1) * 255).byte().permute(1, 2, 0).numpy())
+    picture = (torch.cat(rows, 1) * 255).byte().permute(1, 2, 0).numpy()
+    write_file(f"{out}/preview.png", lambda temporary: temporary.write_bytes(
+        iio.imwrite("<bytes>", picture, extension=".png")))
     return scores
 
 
@@ -1003,12 +1011,12 @@ def train_raft(out="runs/raft", steps=20_000, batch=8, lr=4e-4, weights=None, im
             adamw.step()
             muon.step()
         if (step + 1) % every == 0 or step + 1 == steps:
-            scores = validate(raft, out)
             write_tensors(out / "state.pt", {
                 "kind": "raft training", "settings": settings, "step": step + 1,
                 "model": raft.state_dict(), "adamw": adamw.state_dict(),
                 "muon": muon.state_dict()})
             write_tensors(out / "raft.pt", {k: v.half() for k, v in raft.state_dict().items()})
+            scores = validate(raft, out)
             tqdm.write(f"step {step + 1}: median error of what moves, px: {scores}")
         bar.set_postfix(loss=loss.item(), **scores)
 
@@ -1021,13 +1029,14 @@ def read_flow(path):
     path = Path(path)
     if path.suffix == ".flo":
         data = path.read_bytes()
-        width, height = np.frombuffer(data[4:12], "<i4") if len(data) >= 12 else (0, 0)
-        if data[:4] != b"PIEH" or len(data) != 12 + 8 * width * height:
+        width, height = np.frombuffer(data[4:12], "<i4").tolist() if len(data) >= 12 else (0, 0)
+        if data[:4] != b"PIEH" or width < 1 or len(data) != 12 + 8 * width * height:
             raise ValueError(f"{path}: not a .flo file, or damaged")
         flow = np.frombuffer(data[12:], "<f4").reshape(height, width, 2)
         known = (np.abs(flow) < 1e9).all(-1)                            # 1e10 stands for unknown
     else:
-        reader = imageio_ffmpeg.read_frames(str(path), pix_fmt="rgb48le", bits_per_pixel=48)
+        reader = imageio_ffmpeg.read_frames(str(path.absolute()), pix_fmt="rgb48le",
+                                            bits_per_pixel=48)
         try:
             if path.read_bytes()[24] != 16:         # bits: ffmpeg would widen fewer
                 raise ValueError
@@ -1036,6 +1045,8 @@ def read_flow(path):
         except Exception:                           # whatever the decoder says of other files
             raise ValueError(f"{path}: not a 16-bit png of flow") from None
         flow, known = (data[..., :2] - 2 ** 15) / 64, data[..., 2] > 0
+    if not known.any():
+        raise ValueError(f"{path}: no pixel's flow is known")
     return torch.from_numpy(np.where(known[..., None], flow, 0)).permute(2, 0, 1), \
         torch.from_numpy(known.copy())
 
@@ -1048,7 +1059,8 @@ def read_image(path):
         raise ValueError(f"{path}: not an image") from None
     if image.ndim not in (2, 3) or image.dtype.kind != "u":
         raise ValueError(f"{path}: not one image of 8 or 16 bits")
-    image = image[..., None].repeat(3, -1) if image.ndim == 2 else image[..., :3]
+    image = image[..., None] if image.ndim == 2 else image
+    image = image[..., :3] if image.shape[-1] > 2 else image[..., :1].repeat(3, -1)     # (no alpha)
     white = np.iinfo(image.dtype).max
     return torch.from_numpy(image.astype(np.float32)).permute(2, 0, 1) / white
 
@@ -1057,15 +1069,20 @@ def evaluate(raft, folder):
     """Prints the end-point error of every pair below `folder`, laid out as Middlebury's:
     frame10.png and frame11.png in a folder, flow10.flo or flow10.png beside them or in the folder
     of the same name elsewhere (other-data/Venus, other-gt-flow/Venus)."""
-    folder, rows = Path(folder), []
-    # (Middlebury's flow10.png is a picture beside the .flo, which is therefore the last here)
-    truths = {p.parent.name: p for p in sorted(folder.rglob("flow10.*"), reverse=True)}
+    folder, rows, truths = Path(folder), [], {}
+    # (Middlebury's flow10.png is a picture beside the .flo, which therefore comes first)
+    for path in sorted(folder.rglob("flow10.*")):
+        truths.setdefault(path.parent.name, []).append(path)
     firsts = sorted(p for p in folder.rglob("frame10.*") if p.parent.name in truths)
     if not firsts:
         raise ValueError(f"{folder}: no frame10.png with a flow10.flo or flow10.png of its "
                          f"folder's name in it")
     for first in tqdm(firsts, desc="pairs"):
-        truth, known = read_flow(truths[first.parent.name])
+        named = truths[first.parent.name]
+        named = [path for path in named if path.parent == first.parent] or named
+        if named[-1].parent != named[0].parent:
+            raise ValueError(f"{first}: is its flow {named[0]} or {named[-1]}?")
+        truth, known = read_flow(named[0])
         pair = [read_image(first), read_image(first.with_stem("frame11"))]
         if not pair[0].shape[1:] == pair[1].shape[1:] == known.shape:
             raise ValueError(f"{first}: its frames and flow are of different sizes")
@@ -1083,8 +1100,10 @@ def render_flow(raft, path, chunk=16):
     Frames come and go in chunks, so any length fits into memory."""
     path = Path(path)
     target, total, largest, count = path.with_name(f"{path.stem}-flow.mp4"), 0., 0., 0
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
     try:
-        reader = imageio_ffmpeg.read_frames(str(path))
+        reader = imageio_ffmpeg.read_frames(str(path.absolute()))
         meta = next(reader)
     except Exception:                               # whatever the decoder says of other files
         raise ValueError(f"{path}: not a video that can be read") from None
@@ -1106,8 +1125,9 @@ def render_flow(raft, path, chunk=16):
                 rgb = (flow_to_rgb(flow) * 255).round().byte().permute(0, 2, 3, 1).contiguous()
                 if writer is None:
                     writer = imageio_ffmpeg.write_frames(
-                        str(temporary), (width, height), fps=meta["fps"], macro_block_size=2,
-                        output_params=["-crf", "12"])
+                        str(temporary.absolute()), (width, height), fps=meta["fps"],
+                        macro_block_size=2, output_params=["-crf", "12"],
+                        ffmpeg_log_level="quiet")
                     writer.send(None)
                 for picture in rgb:
                     writer.send(picture.numpy().tobytes())
@@ -1141,14 +1161,15 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the training's pairs")
     args = parser.parse_args()
     if args.train:
-        if args.batch < 3 or args.steps < 1 or not args.lr > 0 or not 0 <= args.seed < 100:
+        if args.batch < 3 or args.steps < 1 or not 0 < args.lr < math.inf or \
+                not 0 <= args.seed < 100:
             raise ValueError("--batch must be 3 at least, --steps and --lr positive, --seed from 0 "
                              "to 99")
         return train_raft(args.out, args.steps, args.batch, args.lr, args.weights, args.images,
                           seed=args.seed)
     raft = RAFT.load(args.weights or ROOT / "weights/raft.pt")
     raft.to("cuda" if torch.cuda.is_available() else "cpu")
-    if args.eval:
+    if args.eval is not None:
         evaluate(raft, args.eval)
     else:
         render_flow(raft, args.video)

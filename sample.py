@@ -61,6 +61,8 @@ def output_files(args, prompts):
         first.parent.mkdir(exist_ok=True)
     if first.suffix not in (".mp4", ".gif"):
         raise ValueError(f"--out {first}: the name must end in .mp4 or .gif")
+    if first.is_dir():
+        raise ValueError(f"--out {first}: a folder, name a file")
     if not first.parent.is_dir() or not os.access(first.parent, os.W_OK):
         raise ValueError(f"--out {first}: {first.parent} is not a folder that can be written")
     count = len(prompts) * args.n

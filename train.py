@@ -25,6 +25,7 @@ import datetime
 import functools
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -126,18 +127,30 @@ def find_videos(folder):
 
     for name in ("metadata.csv", "metadata.jsonl"):
         if (folder / name).is_file():
+            rows, number = [], 0
             try:
                 with text(name) as file:
-                    rows = list(csv.DictReader(file)) if name.endswith(".csv") else \
-                        [json.loads(line) for line in file if line.strip()]
-            except (csv.Error, json.JSONDecodeError) as error:
+                    if name.endswith(".csv"):
+                        rows += csv.DictReader(file, strict=True)
+                    else:
+                        for number, line in enumerate(file, 1):
+                            rows += [json.loads(line)] if line.strip() else []
+            except csv.Error as error:
                 raise ValueError(f"{folder / name}: cannot be read: {error}") from None
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{folder / name}: cannot be read: line {number}: "
+                                 f"{error.msg}") from None
             if not all(isinstance(row, dict) for row in rows):
                 raise ValueError(f"{folder / name}: each of its lines must be an object, {{...}}")
+            for number, row in enumerate(rows, 1):
+                if None in row:
+                    raise ValueError(f"{folder / name}: row {number} has more fields than the "
+                                     f'first line: "quote" captions with commas')
             column = next((c for c in CAPTION_COLUMNS if any(c in row for row in rows)), None)
             if not rows or not column or not any("file_name" in row for row in rows):
                 raise ValueError(f"{folder / name}: needs rows with file_name and one of "
-                                 f"{', '.join(CAPTION_COLUMNS)}")
+                                 f"{', '.join(CAPTION_COLUMNS)}, has "
+                                 + (", ".join(map(repr, rows[0])) if rows else "no rows"))
             return name, [(str(row.get("file_name") or ""), row.get(column)) for row in rows]
     if (folder / "prompts.txt").is_file() and (folder / "videos.txt").is_file():
         with text("videos.txt") as names, text("prompts.txt") as prompts:
@@ -266,6 +279,8 @@ class Folder:
         listing = {}
 
         def entry(name, caption):
+            if isinstance(caption, str):                # files end in a new line, prompts do not
+                caption = " ".join(caption.split())
             file = self.folder / name
             status = file.stat() if os.path.isfile(file) else None
             stamp = [status.st_size, status.st_mtime_ns] if status else None
@@ -285,8 +300,9 @@ class Folder:
                 while shown in listing:
                     shown, one = f"{shown} (again)", {"reason": "listed twice"}
                 listing[shown] = one
+        listed = {os.path.normpath(self.folder / name) for name, _ in found}
         unlisted = {str(p.relative_to(self.folder)) for p in self.folder.rglob("*")
-                    if p.suffix.lower() in SUFFIXES} - set(listing)
+                    if p.suffix.lower() in SUFFIXES and os.path.normpath(p) not in listed}
         listing |= {name: {"reason": f"not in {layout}"} for name in sorted(unlisted)}
         write_text(path, json.dumps(listing, indent=1))
         used = [one for one in listing.values() if "frames" in one]
@@ -375,7 +391,8 @@ class Latents:
     def __init__(self, folder):
         self.folder = folder
         self.shards = sorted(path.stem for path in folder.glob("[0-9]*.json"))
-        contents = [read_json(folder / f"{name}.json") for name in self.shards]
+        contents = [read_json(folder / f"{name}.json", "captions", "skipped")
+                    for name in self.shards]
         captions = [content["captions"] for content in contents]
         self.captions = list(itertools.chain(*captions))
         self.skipped = {name: reason for content in contents
@@ -384,7 +401,12 @@ class Latents:
         self.open = functools.lru_cache(256)(self.open)         # each keeps a file open
 
     def open(self, shard, kind):
-        return np.load(self.folder / f"{self.shards[shard]}.{kind}.npy", mmap_mode="r")
+        path = self.folder / f"{self.shards[shard]}.{kind}.npy"
+        try:
+            return np.load(path, mmap_mode="r")
+        except (OSError, ValueError, EOFError):
+            raise ValueError(f"{path}: damaged or gone: delete {self.shards[shard]}.json beside it "
+                             f"and run --stage encode again") from None
 
     def batch(self, indices, max_bytes):
         def gather(kind):
@@ -433,7 +455,7 @@ def device_of(name):
     """The device that --device names; without it, a GPU if there is one. ValueError where this
     machine has none such."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    with contextlib.suppress(RuntimeError, AssertionError):
+    with contextlib.suppress(RuntimeError, AssertionError, ImportError):
         if (device := torch.empty(0, device=name).device).type != "meta":
             return device
     raise ValueError(f"--device {name}: no such device, take cpu or cuda")
@@ -469,12 +491,15 @@ def say_cut(prompts, most):
                   f"{kept!r}")
 
 
-def read_json(path):
-    """What a .json file of a run says; ValueError where it is damaged."""
+def read_json(path, *keys):
+    """The dict that a .json file of a run holds; ValueError where it is damaged."""
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
+        if isinstance(content, dict) and content.keys() >= set(keys):
+            return content
     except ValueError:
-        raise ValueError(f"{path}: damaged, not JSON") from None
+        pass
+    raise ValueError(f"{path}: damaged, not the JSON that was written")
 
 
 def write_video(path, video, fps, scale=None):
@@ -482,12 +507,14 @@ def write_video(path, video, fps, scale=None):
     scale = scale or max(1, round(256 / video.shape[-2]))
     frames = (video.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     frames = frames.repeat(scale, 1).repeat(scale, 2)
-    options = {"duration": 1000 / fps, "loop": 0} if Path(path).suffix == ".gif" else \
-        {"plugin": "FFMPEG", "fps": fps, "macro_block_size": 2, "output_params": ["-crf", "12"]}
 
     def save(temporary):
-        iio.imwrite(temporary, frames, **options)
-        if Path(path).suffix != ".gif":
+        if temporary.suffix == ".gif":
+            temporary.write_bytes(iio.imwrite("<bytes>", frames, extension=".gif", loop=0,
+                                              duration=1000 / fps))
+        else:
+            iio.imwrite(temporary, frames, plugin="FFMPEG", fps=fps, macro_block_size=2,
+                        output_params=["-crf", "12"], ffmpeg_log_level="quiet")
             check_video(temporary, len(frames))
 
     write_file(path, save)
@@ -520,7 +547,9 @@ class Run:
                     "flow": args.flow, "rich": args.rich, "seed": args.seed,
                     **json.loads(json.dumps(dataclasses.asdict(self.preset)))}
         path = self.out / "settings.json"
-        if path.is_file():
+        made = [*self.out.glob("tae.pt"), *self.out.glob("latents/*"),
+                *self.out.glob("checkpoints/*")]
+        if made and path.is_file():
             refuse_changes(self.out, read_json(path), settings)
         if args.data and not Path(args.data).is_dir():
             raise ValueError(f"--data {args.data}: no such folder")
@@ -585,7 +614,7 @@ class Run:
             raise ValueError(f"{path}: not the TAE of preset {self.args.preset}") from None
         folder = self.out / "latents"
         if (folder / "manifest.json").exists() and \
-                read_json(folder / "manifest.json")["tae"] != mark_of(tae):
+                read_json(folder / "manifest.json", "tae")["tae"] != mark_of(tae):
             raise ValueError(f"{folder} was encoded by another TAE than tae.pt is now: delete it "
                              f"and the checkpoints after it, or take another --out")
         return tae.to(self.device).eval().requires_grad_(False)
@@ -596,7 +625,7 @@ class Run:
         """The folder and the status of a stage's last complete checkpoint, or two None."""
         for path in sorted((self.out / "checkpoints").glob(f"{stage}-*"), reverse=True):
             if (path / "status.json").is_file() and (path / ".metadata").is_file():
-                return path, read_json(path / "status.json")
+                return path, read_json(path / "status.json", "step", "of")
         return None, None
 
     def save(self, stage, step, state, status):
@@ -646,10 +675,13 @@ class Run:
         """Takes the rows of steps that are to be done again out of metrics.jsonl."""
         path = self.out / "metrics.jsonl"
         if rank() == 0 and path.exists():
-            lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-            kept = [row for row in map(json.loads, lines)
-                    if row["stage"] != stage or row["step"] <= step]
-            write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+            kept = []
+            for line in path.read_text().splitlines():
+                with contextlib.suppress(ValueError, LookupError, TypeError):   # half a line
+                    row = json.loads(line)
+                    if row["stage"] != stage or row["step"] <= step:
+                        kept.append(line + "\n")
+            write_text(path, "".join(kept))
 
     def whole_dit(self, path, stage, dtype=torch.float32):
         """A stage's DiT, averaged, on this process alone."""
@@ -678,6 +710,8 @@ class Run:
                 which = next(iter(dits))
                 bundle = VideoJAM(self.preset, self.tae(), dits.pop(which), which)
                 bundle.save(self.out / "model.pt", **dits)
+                say(f"python sample.py --run {self.out} "
+                    + f"--which {which} " * (which != "jam") + '"a red square moves left"')
         wait_for_all()
 
     def new_dit(self, motion=False):
@@ -965,7 +999,7 @@ def encode(run):
     world, manifest = run.world, {"tae": mark_of(tae), "shards": []}
     if rank() == 0:
         if path.exists():
-            manifest = read_json(path)
+            manifest = read_json(path, "tae", "shards")
         dropped = 0
         for s, keys in enumerate(manifest["shards"]):
             held, done = [key for key in keys if world.holds(key)], folder / f"{s:06d}.json"
@@ -974,7 +1008,7 @@ def encode(run):
                 done.unlink(missing_ok=True)        # before the manifest: it has to be made again
                 manifest["shards"][s] = held
             elif done.exists():
-                content = read_json(done)
+                content = read_json(done, "keys", "captions")
                 captions = list(map(world.caption, content["keys"], content["captions"]))
                 if captions != content["captions"]:
                     write_text(done, json.dumps({**content, "captions": captions}))
@@ -985,7 +1019,7 @@ def encode(run):
         manifest["shards"] += [new[i:i + SHARD] for i in range(0, len(new), SHARD)]
         write_text(path, json.dumps(manifest))
     wait_for_all()
-    shards = read_json(path)["shards"]
+    shards = read_json(path, "shards")["shards"]
     missing = [s for s, keys in enumerate(shards)
                if keys and not (folder / f"{s:06d}.json").exists()]
     wait_for_all()                                  # before any of them is made
@@ -1234,7 +1268,7 @@ def parse():
         raise ValueError(f"unknown preset {args.preset!r}: one of {', '.join(PRESETS)}")
     for name in ("steps", "lr", "batch", "accumulate", "workers", "replicas", "world", "tflops",
                  "t_shift", "sigma"):
-        if getattr(args, name) is not None and not getattr(args, name) > 0:
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} must be positive, got "
                              f"{getattr(args, name)}")
     for name in ("rich", "motion_dropout"):
@@ -1309,7 +1343,7 @@ def main():
             train_dit(run, stage)
             run.export()
         say(f"{stage}: {time.time() - start:.0f} s")
-    say(f'{run.out}: done. python sample.py --run {run.out} "a red square moves left"')
+    say(f"{run.out}: done")
     if dist.is_initialized():
         dist.destroy_process_group()
         # all is written: end here, since torch 2.13's gloo threads may abort a process ("terminate

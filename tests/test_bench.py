@@ -9,6 +9,7 @@ import torch
 import bench
 from bench import fit_motion, held_out_clips, interval, judge, track
 from flow import COLOURS
+from train import write_video
 from videojam import VideoJAM
 
 
@@ -155,6 +156,17 @@ def test_every_experiment_writes_its_tables_and_a_page_that_holds_all(bundle, ru
     assert not list(tmp_path.glob(".*"))
 
 
+def test_what_would_fail_at_the_end_is_said_before_anything_is_drawn(bundle, refuses, tmp_path,
+                                                                     monkeypatch):
+    monkeypatch.setattr(VideoJAM, "generate", None)
+    (tmp_path / "file").write_text("")
+    assert "nowhere/model.pt: no such file" in refuses(
+        bench.main, "ablation", "--run", bundle, "--n", 1, "--also", tmp_path / "nowhere",
+        "--out", tmp_path / "out")
+    assert "file: File exists" in refuses(bench.main, "motivation", "--run", bundle, "--n", 1,
+                                          "--out", tmp_path / "file")
+
+
 def test_models_that_a_bundle_lacks_are_left_out(bundle, run, tmp_path):
     jam = bench.VideoJAM.load(bundle / "model.pt")
     jam.save(tmp_path / "model.pt")
@@ -173,15 +185,16 @@ def test_a_folder_is_generated_measured_and_rated(bundle, run, tmp_path, refuses
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert len(names) == 4 and "a red square-0.mp4" in names and "a red square-1.mp4" in names
     (tmp_path / "a" / "broken-0.mp4").write_bytes(b"no video")
+    write_video(tmp_path / "a" / "a red square-2.gif", torch.rand(5, 3, 16, 16), 8)
     code, said, err = run(bench.main, "metrics", tmp_path / "a", "--out", tmp_path / "out")
-    assert not code and "4 videos of 2 prompts, in their own sizes, 1 skipped" in said, err
+    assert not code and "5 videos of 2 prompts, in their own sizes, 1 skipped" in said, err
     (tmp_path / "some.txt").write_text("a red square\nanother\n")
     sizes, measure = set(), bench.vbench
     monkeypatch.setattr(bench, "vbench", lambda video, *rest: (
         sizes.add(tuple(video.shape[1:])), measure(video, *rest))[1])
     code, said, err = run(bench.main, "metrics", tmp_path / "a", tmp_path / "some.txt",
                           "--size", 40)
-    assert not code and "2 videos of 1 prompts, resized to 40 px, 0 skipped, 1 prompts" in said, err
+    assert not code and "3 videos of 1 prompts, resized to 40 px, 0 skipped, 1 prompts" in said, err
     assert sizes == {(3, 40, 40)}
     (tmp_path / "twice.txt").write_text("x" * 200 + "1\n" + "x" * 200 + "2\n")
     assert "180 bytes" in refuses(bench.main, "generate", tmp_path / "twice.txt", tmp_path / "c")
@@ -231,4 +244,5 @@ def test_votes_become_shares_with_intervals_and_agreement(run, tmp_path, refuses
     assert "same two folders" in refuses(bench.main, "votes", one, ballot("three", "a", "C"))
     (tmp_path / "foreign.json").write_text("[1]")
     assert "not a votes file" in refuses(bench.main, "votes", tmp_path / "foreign.json")
+    assert "No such file" in refuses(bench.main, "votes", tmp_path / "nowhere.json")
     assert "same two folders" in refuses(bench.main, "votes")

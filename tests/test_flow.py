@@ -17,8 +17,8 @@ from conftest import ROOT, bad_weights
 import flow as script
 from flow import (COLOURS, DIRECTIONS, HELD_OUT, MOTIONS, RAFT, SHAPES, autocast, bouncing,
                   correlation_pyramid, estimate_flow, flow_scenes, flow_to_rgb, is_held_out,
-                  look_up, moved, moved_back, read_flow, read_photos, rgb_to_flow, sprite_clip,
-                  sprite_clips, sprite_scene, torchvision_name, write_file)
+                  look_up, moved, moved_back, read_flow, read_image, read_photos, rgb_to_flow,
+                  sprite_clip, sprite_clips, sprite_scene, torchvision_name, write_file)
 
 CLIPS = ROOT.parent / "shared/clips"
 
@@ -312,6 +312,7 @@ def test_look_up_equals_a_loop_over_the_window_of_every_level():
 
 @pytest.mark.parametrize("H, W", [(1, 1), (5, 9), (33, 200), (300, 260)])
 def test_raft_takes_frames_of_any_size(raft, H, W):
+    assert estimate_flow(raft, torch.rand(1, 2, 3, H, W), iters=1).shape == (1, 2, 2, H, W)
     flows = raft(torch.rand(1, 3, H, W), torch.rand(1, 3, H, W), iters=2)
     assert [flow.shape for flow in flows] == [(1, 2, H, W)] * 2
     assert flows[-1].isfinite().all()
@@ -494,8 +495,12 @@ def test_true_flow_is_read_from_flo_files_with_unknown_pixels(tmp_path):
     flo(tmp_path / "flow10.flo", flow)
     read, known = read_flow(tmp_path / "flow10.flo")
     assert known.sum() == 34 and not known[2, 3] and torch.equal(read[:, known], flow[:, known])
-    (tmp_path / "flow10.flo").write_bytes(b"PIEH" + bytes(9))
-    with pytest.raises(ValueError, match="not a .flo file"):
+    for data in (bytes(9), np.array([-1, -1], "<i4").tobytes() + bytes(8)):
+        (tmp_path / "flow10.flo").write_bytes(b"PIEH" + data)
+        with pytest.raises(ValueError, match="not a .flo file"):
+            read_flow(tmp_path / "flow10.flo")
+    flo(tmp_path / "flow10.flo", torch.full((2, 5, 7), 1e10))
+    with pytest.raises(ValueError, match="flow10.flo: no pixel's flow is known"):
         read_flow(tmp_path / "flow10.flo")
 
 
@@ -534,8 +539,22 @@ def test_eval_prints_the_error_of_middleburys_layout(tmp_path, run, refuses):
     frames = (video[:2] * 255).round() / 255
     error = (estimate_flow(RAFT.load(), frames[None])[0, 0] - flow[0]).norm(dim=0).mean()
     assert code == 0 and f"{error:.3f} px" in printed and "mean of 1" in printed
-    iio.imwrite(tmp_path / "data/Venus/frame11.png", np.zeros((64, 60, 3), np.uint8))
+    (tmp_path / "other/Venus").mkdir(parents=True)      # another scene of that name
+    flo(tmp_path / "other/Venus/flow10.flo", flow[0] + 1)
+    assert "frame10.png: is its flow" in refuses(script.main, "--eval", tmp_path)
+    flo(tmp_path / "data/Venus/flow10.flo", flow[0])    # what lies beside the frames is theirs
+    assert run(script.main, "--eval", tmp_path)[1] == printed
+    iio.imwrite(tmp_path / "data/Venus/frame11.png", np.zeros((64, 60, 2), np.uint8))
     assert "of different sizes" in refuses(script.main, "--eval", tmp_path)
+    assert "no frame10.png with" in refuses(script.main, "--eval", "")
+
+
+@pytest.mark.parametrize("channels", (1, 2, 3, 4))
+def test_images_lose_their_alpha_and_grey_ones_become_rgb(tmp_path, channels):
+    image = np.random.default_rng(0).integers(0, 255, (5, 7, channels), np.uint8)
+    iio.imwrite(tmp_path / "a.png", image[..., 0] if channels == 1 else image)
+    shown = image[..., :3] if channels > 2 else image[..., :1].repeat(3, -1)
+    assert torch.equal(read_image(tmp_path / "a.png"), torch.from_numpy(shown).movedim(-1, 0) / 255)
 
 
 def test_the_flow_of_a_video_is_written_beside_it(tmp_path, run, refuses, capfd, monkeypatch):
@@ -556,6 +575,7 @@ def test_the_flow_of_a_video_is_written_beside_it(tmp_path, run, refuses, capfd,
     assert capfd.readouterr().out == printed
     path.write_bytes(path.read_bytes()[:300])
     assert "not a video that can be read" in refuses(script.main, path)
+    assert "b.mp4: no such file" in refuses(script.main, tmp_path / "b.mp4")
     iio.imwrite(tmp_path / "one.mp4", np.zeros((1, 32, 32, 3), np.uint8), plugin="FFMPEG", fps=8)
     assert "two frames at least" in refuses(script.main, tmp_path / "one.mp4")
     assert not (tmp_path / "one-flow.mp4").exists()

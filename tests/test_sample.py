@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import imageio.v3 as iio
 import pytest
@@ -89,6 +90,12 @@ def test_motion_and_compare_stand_beside_the_video_from_the_same_noise(draw, bun
         assert torch.equal(picture, beside(*(part[0] for part in shown))), flags
 
 
+def test_a_name_may_look_like_an_address_to_ffmpeg(run, bundle, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(sample.main, PROMPT, "--run", bundle, "--steps", 1, "--out", "12:30.mp4")
+    assert code == 0 and os.listdir() == ["12:30.mp4"], err
+
+
 def test_several_prompts_and_samples_are_numbered_in_order(draw, bundle, tmp_path):
     # (some editors begin a file with a mark)
     (tmp_path / "prompts.txt").write_text("a cross\n  a star \n\né\n", encoding="utf-8-sig")
@@ -133,6 +140,8 @@ def test_a_prompt_that_is_too_long_is_said_and_cut_between_characters(draw, bund
     ((PROMPT, "--n", 0), "--n"), ((PROMPT, "--upscale", 0), "--upscale"),
     ((PROMPT, "--out", "nowhere/a.mp4"), "nowhere"),
     ((PROMPT, "--out", "empty.txt/a.mp4"), "empty.txt"),
+    ((PROMPT, "--out", "folder.mp4"), "folder.mp4: a folder"),
+    ((PROMPT, "--upscale", 10 ** 9), "out of memory: take a smaller"),
     ((PROMPT, "--out", "a.avi"), ".mp4 or .gif"), ((PROMPT, "--out", "a"), ".mp4 or .gif"),
     ((PROMPT, "--run", "nowhere"), "nowhere/model.pt: no such file"),
     ((PROMPT, "--which", "base", "--motion"), "predicts no motion"),
@@ -141,11 +150,12 @@ def test_bad_input_is_one_line_and_nothing_is_written(refuses, bundle, tmp_path,
                                                       complaint):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "folder.mp4").mkdir()
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
     for flag, value in (("--run", bundle), ("--out", "a.mp4")):
         argv += () if flag in argv else (flag, value)
     assert complaint in refuses(sample.main, *argv)
-    assert sorted(os.listdir()) == ["empty.txt", "latin.txt"]
+    assert sorted(os.listdir()) == ["empty.txt", "folder.mp4", "latin.txt"]
 
 
 def test_a_folder_that_cannot_be_written_is_said_before_anything_is_drawn(refuses, bundle, tmp_path,
@@ -159,10 +169,14 @@ def test_a_folder_that_cannot_be_written_is_said_before_anything_is_drawn(refuse
 @pytest.mark.parametrize("out", ("a.mp4", "a.gif"))
 def test_a_disk_that_fails_leaves_no_half_written_file(refuses, bundle, tmp_path, monkeypatch, out):
     def fails(path, *_, **__):
-        path.write_bytes(b"half")
+        with open(path, "wb") as file:
+            file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("imageio.v3.imwrite", fails)
+    if out == "a.gif":                          # made in memory
+        monkeypatch.setattr(Path, "write_bytes", fails)
+    else:
+        monkeypatch.setattr("imageio.v3.imwrite", fails)
     assert "No space left" in refuses(sample.main, PROMPT, "--run", bundle, "--steps", 1, "--out",
                                       tmp_path / out)
     assert not list(tmp_path.iterdir())

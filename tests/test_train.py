@@ -593,7 +593,8 @@ def test_saved_bytes_counts_what_the_backward_pass_needs():
     ("--data", "nowhere", "no such folder"), ("--workers", 0, "--workers must be positive"),
     ("--seed", 2 ** 64, "--seed must be below"), ("--device", "meta", "no such device"),
     ("--init=", "", "--init is empty"), ("--data=", "", "--data is empty"),
-    ("--flow", "exact --data .", "only the sprite world"), ("--init", "nowhere", "no such file")])
+    ("--flow", "exact --data .", "only the sprite world"), ("--init", "nowhere", "no such file"),
+    ("--lr", "inf", "--lr must be positive"), ("--t-shift", "inf", "--t-shift must be positive")])
 def test_bad_flags_are_one_line_and_leave_no_run_folder(tmp_path, refuses, flag, value, complaint):
     assert complaint in refuses(train.main, *flags(tmp_path / "run"), flag, *str(value).split())
     assert not list(tmp_path.iterdir())
@@ -618,6 +619,7 @@ def test_stages_say_what_they_lack(tmp_path, refuses):
     for stage, lacking in (("encode", "tae"), ("base", "latents"), ("jam", "base")):
         complaint = refuses(train.main, *flags(tmp_path / stage, "--stage", stage))
         assert f"has no {lacking} yet, run --stage" in complaint
+    refuses(train.main, *flags(tmp_path / "jam", "--stage", "base", "--seed", 3))   # holds nothing
     (tmp_path / "file").write_text("")
     assert "file/run/previews: Not a directory" in refuses(
         train.main, *flags(tmp_path / "file/run"))
@@ -636,6 +638,11 @@ def test_damaged_files_and_latents_of_another_tae_are_refused(finished, tmp_path
     assert "tae.pt: not the TAE of preset tiny" in refuses(
         train.main, *flags(out, "--stage", "encode"))
     shutil.copy(finished / "tae.pt", out)
+    (out / "metrics.jsonl").write_text('{"stage": "base", "step": 1}\n[]\n{"stage"')   # cut off
+    next((out / "latents").glob("*.x.npy")).write_bytes(b"")
+    assert ".x.npy: damaged or gone: delete 000000.json" in refuses(
+        train.main, *flags(out, "--stage", "jam", "--steps", 9))
+    assert (out / "metrics.jsonl").read_text() == '{"stage": "base", "step": 1}\n'
     for part in checkpoints(out, "base")[-1].glob("*.distcp"):
         part.write_bytes(part.read_bytes()[:1000])
     for stage in "base", "jam":
@@ -645,8 +652,9 @@ def test_damaged_files_and_latents_of_another_tae_are_refused(finished, tmp_path
     (out / "settings.json").write_text(json.dumps({**settings, "version": 2}))
     assert f"begun with version 2, not {train.VERSION}: take another --out" in refuses(
         train.main, *flags(out))
-    (out / "settings.json").write_text("{")
-    assert "settings.json: damaged" in refuses(train.main, *flags(out))
+    for damaged in ("{", "[]"):
+        (out / "settings.json").write_text(damaged)
+        assert "settings.json: damaged" in refuses(train.main, *flags(out))
 
 
 def test_as_a_command_bad_input_ends_in_exit_code_2_and_one_line(tmp_path):
@@ -766,13 +774,14 @@ def test_three_layouts_give_the_same_clips(folder, tmp_path, layout, capfd):
 
 
 def test_files_of_other_editors_and_names_of_any_bytes(folder, tmp_path, capfd):
-    """A byte-order mark, a name that is not UTF-8, and one longer than a file's can be."""
+    """A byte-order mark, a name that is not UTF-8, one longer than a file's can be; two lines."""
     name = os.fsdecode(b"\xe9.mp4")
     (folder / "a.mp4").rename(folder / name)
-    (folder / "metadata.csv").write_bytes(b"\xef\xbb\xbffile_name,text\n\xe9.mp4,one\n"
+    (folder / "metadata.csv").write_bytes(b"\xef\xbb\xbffile_name,text\n"
+                                          b"./\xe9.mp4,\" one\ntwo\n\"\n"
                                           + b"long" * 100 + b".mp4,two\n")
     world = opened(folder, tmp_path / "run")
-    assert [key[0] for key in world.keys(1)] == [name]
+    assert [world.caption(key, None) for key in world.keys(1)] == ["one two"]
     printed = "".join(capfd.readouterr())
     assert "skipped 1: no such file" in printed and "not in metadata.csv: inside/b.mp4" in printed
 
@@ -918,7 +927,10 @@ def test_a_folder_goes_through_all_stages(folder, tmp_path, run):
     ({"metadata.csv": ""}, "needs rows with file_name and one of text, caption, prompt"),
     ({"metadata.csv": "file_name,text\n"}, "needs rows"),
     ({"metadata.csv": "name,text\na.mp4,x\n"}, "needs rows"),
-    ({"metadata.jsonl": "{\n"}, "metadata.jsonl: cannot be read"),
+    ({"metadata.csv": "file_name;text\na.mp4;x\n"}, "prompt, has 'file_name;text'"),
+    ({"metadata.csv": "file_name,text\na.mp4,one, two\n"}, "row 1 has more fields than the first"),
+    ({"metadata.csv": 'file_name,text\na.mp4,"one\ninside/b.mp4,x\n'}, "csv: cannot be read"),
+    ({"metadata.jsonl": "\n{}\n{\n"}, "metadata.jsonl: cannot be read: line 3: "),
     ({"metadata.jsonl": "[1]\n"}, "metadata.jsonl: each of its lines must be an object"),
     ({"videos.txt": "a.mp4\n", "prompts.txt": "x\ny\n"}, "videos.txt has 1 lines, prompts.txt"),
     ({"metadata.csv": "file_name,text\nbroken.mp4,x\n"}, "none of its 3 videos can be used")])
