@@ -1001,10 +1001,9 @@ def train_raft(out="runs/raft", steps=20_000, batch=8, lr=4e-4, weights=None, im
             seed * 100_000 + step, batch, photos))
         with autocast(device):
             flows = raft.flows(torch.cat([frame1, frame2]) * 2 - 1, iters)
-        # sequence loss: all iterations count, later ones more. Of the root of the error, since what
-        # is covered or has left the frame can only be guessed, and would outweigh all the rest
+        # sequence loss: all iterations count, later ones more
         loss = sum(.8 ** (iters - 1 - i) * ((upsample(flow) - truth).square().sum(1) + 1e-4)
-                   .pow(.25).mean() for i, flow in enumerate(flows))
+                   .sqrt().mean() for i, flow in enumerate(flows))
         raft.zero_grad()
         loss.backward()
         if nn.utils.clip_grad_norm_(raft.parameters(), 1).isfinite():

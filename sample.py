@@ -29,6 +29,8 @@ def parse():
     parser.add_argument("--n", type=int, default=1, help="samples of each prompt")
     parser.add_argument("--seed", type=int, default=0, help="of the first sample's noise")
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--emulated", type=int, default=1000, help="the schedule's first half goes "
+                        "as slowly as that of so many steps (default %(default)s)")
     parser.add_argument("--w1", type=float, default=5, help="text guidance (default %(default)s)")
     parser.add_argument("--w2", type=float, default=3, help="motion guidance (default %(default)s)")
     parser.add_argument("--guidance", choices=GUIDANCE,
@@ -73,7 +75,7 @@ def output_files(args, prompts):
 
 def main():
     args = parse()
-    for name in ("n", "steps", "upscale"):
+    for name in ("n", "steps", "emulated", "upscale"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} must be positive, got {getattr(args, name)}")
     if not abs(args.seed) < 2 ** 62:
@@ -88,7 +90,7 @@ def main():
         raise ValueError(f"--motion: the {args.which} model predicts no motion")
     say_cut(prompts, model.config.dit.max_bytes)
     start, prompts = time.time(), [prompt for prompt in prompts for _ in range(args.n)]
-    options = dict(steps=args.steps, w1=args.w1, w2=args.w2, seed=args.seed)
+    options = dict(steps=args.steps, w1=args.w1, w2=args.w2, seed=args.seed, emulated=args.emulated)
     video, motion = model.generate(prompts, mode=args.guidance, progress=args.which, **options)
     shown = [video, motion] if args.motion else [video]
     if args.compare:

@@ -212,35 +212,49 @@ def test_shipped_raft_on_200_held_out_clips_of_sprites():
     assert error.median() < .1 and error[moves > 0].median() < .5   # (2.2 px for a flow of zero)
 
 
-@pytest.mark.skipif("SKIMAGE" not in os.environ, reason="no path to an unzipped wheel of "
-                    "scikit-image in SKIMAGE (pip download --no-deps scikit-image)")
+def stereo(left, right, disparity):
+    """Two files and the disparity (H, W), NaN or 0 where it is not known -> frames (2, 3, H, W),
+    flow (1, 1, H, W) in x, and where it is known."""
+    pair = torch.stack([torch.from_numpy(iio.imread(path)[..., :3]) for path in (left, right)])
+    disparity = torch.from_numpy(disparity)[None, None].float().nan_to_num(0, 0)
+    return pair.permute(0, 3, 1, 2) / 255, -disparity, (disparity > 0).float()
+
+
+def motorcycle():
+    folder = Path(os.environ["SKIMAGE"], "skimage/data")
+    return stereo(folder / "motorcycle_left.png", folder / "motorcycle_right.png",
+                  np.load(folder / "motorcycle_disp.npz")["arr_0"])
+
+
+def aloe():
+    folder = Path(os.environ["OPENCV"], "opencv/samples/data")
+    return stereo(folder / "aloeL.jpg", folder / "aloeR.jpg", iio.imread(folder / "aloeGT.png"))
+
+
 @pytest.mark.parametrize("weights", [ROOT / "weights/raft.pt", os.environ.get("RAFT_AUTHORS")])
-def test_shipped_raft_on_the_stereo_motorcycle(weights, monkeypatch):
-    """A real pair, whose flow is minus the disparity; in three sizes (shorter side, px). OpenCV's
-    DIS has 0.743, 1.120 and 2.63 px."""
-    if weights is None:
-        pytest.skip("no path to the authors' raft-small.pth in RAFT_AUTHORS")
-    data = Path(os.environ["SKIMAGE"], "skimage/data")
-    pair = torch.stack([torch.from_numpy(iio.imread(data / f"motorcycle_{side}.png")[..., :3])
-                        for side in ("left", "right")]).permute(0, 3, 1, 2) / 255
-    disparity = torch.from_numpy(np.load(data / "motorcycle_disp.npz")["arr_0"])[None, None]
-    known = disparity.isfinite().float()
-    disparity = disparity.where(known > 0, 0).float()
-    raft, results = RAFT.load(weights), []
-    for side, most in ((64, .743), (128, 1.12), (500, 2.9)):
-        size = [round(length * side / 500) for length in disparity.shape[-2:]]
-        frames, truth, share = (F.interpolate(x, size, mode="area")
-                                for x in (pair, disparity, known))
-        truth, counted = -truth / share.clamp(min=1e-6) * side / 500, share > .5
+@pytest.mark.parametrize("read, where, dis", [      # dis: of OpenCV's DIS, medium
+    (motorcycle, "SKIMAGE", (.743, 1.120, 2.628)), (aloe, "OPENCV", (1.112, 1.873, 4.852))])
+def test_shipped_raft_on_stereo_pairs(read, where, dis, weights, monkeypatch):
+    """Real pairs, whose flow is minus the disparity, in three sizes (shorter side, px). They are in
+    pip download --no-deps scikit-image (unzipped: SKIMAGE) and in the sources of
+    opencv-python-headless (OPENCV)."""
+    if where not in os.environ or weights is None:
+        pytest.skip(f"no path in {where} or in RAFT_AUTHORS (the authors' raft-small.pth)")
+    pair, truth, known = read()
+    raft, height, results = RAFT.load(weights), pair.shape[-2], []
+    for side, most in zip((64, 128, 500), dis):
+        size = [round(length * side / height) for length in pair.shape[-2:]]
+        frames, u, share = (F.interpolate(x, size, mode="area") for x in (pair, truth, known))
+        u, counted = u / share.clamp(min=1e-6) * side / height, share > .5
         for dtype in (torch.float32, torch.bfloat16):
             monkeypatch.setattr(flow_script, "fast_dtype", lambda device: dtype)
             flow = estimate_flow(raft, frames[None])[0, :1]
-            error = (flow - torch.cat([truth, 0 * truth], 1)).norm(dim=1, keepdim=True)
+            error = (flow - torch.cat([u, 0 * u], 1)).norm(dim=1, keepdim=True)
             results.append(error[counted].mean().item())
-            assert results[-1] < most
-    print(f"\n{weights}, motorcycle of 64, 128, 500 px: "
+    print(f"\n{weights}, {read.__name__} of 64, 128, 500 px: "
           + ", ".join(f"{a:.3f} (bf16 {b:.3f})" for a, b in zip(results[::2], results[1::2])))
     assert all(b < 1.02 * a for a, b in zip(results[::2], results[1::2]))
+    assert all(a < most for a, most in zip(results[::2], dis))
 
 
 @pytest.mark.skipif("TORCHVISION" not in os.environ, reason="no path to an unzipped wheel of "

@@ -64,7 +64,7 @@ def test_a_prompt_becomes_the_file_that_is_asked_for_and_its_place_is_said(draw,
 
 def test_the_file_shows_what_the_model_generates(draw, bundle):
     for flags, options in (((), {}), (("--seed", 7), {"seed": 7}), (("--w1", 2), {"w1": 2}),
-                           (("--w2", 0), {"w2": 0})):
+                           (("--w2", 0), {"w2": 0}), (("--emulated", 20), {"emulated": 20})):
         video, _ = generated(bundle, [PROMPT], **options)
         assert torch.equal(only(draw(PROMPT, *flags)[0]), beside(video[0]))
         assert not options or not torch.equal(video, generated(bundle, [PROMPT])[0])
@@ -133,6 +133,7 @@ def test_a_prompt_that_is_too_long_is_said_and_cut_between_characters(draw, bund
     (("--prompts", "missing.txt"), "cannot read missing.txt"),
     (("--prompts", "latin.txt"), "cannot read latin.txt"), ((PROMPT, "--steps", 0), "--steps"),
     ((PROMPT, "--steps", -3), "--steps"), ((PROMPT, "--steps", 1001), "1000"),
+    ((PROMPT, "--emulated", 0), "--emulated must be positive"),
     ((PROMPT, "--device", "bad"), "--device bad: no such device"),
     ((PROMPT, "--device", "meta"), "--device meta: no such device"),
     ((PROMPT, "--run", ""), "model.pt: no such file"), ((PROMPT, "--seed", 2 ** 64), "--seed must"),
