@@ -127,14 +127,15 @@ def find_videos(folder):
 
     for name in ("metadata.csv", "metadata.jsonl"):
         if (folder / name).is_file():
-            rows, number = [], 0
+            rows = []
             try:
                 with text(name) as file:
                     if name.endswith(".csv"):
                         rows += csv.DictReader(file, strict=True)
                     else:
                         for number, line in enumerate(file, 1):
-                            rows += [json.loads(line)] if line.strip() else []
+                            if line.strip():
+                                rows.append(json.loads(line))
             except csv.Error as error:
                 raise ValueError(f"{folder / name}: cannot be read: {error}") from None
             except json.JSONDecodeError as error:
