@@ -233,7 +233,7 @@ def aloe():
 
 @pytest.mark.parametrize("weights", [ROOT / "weights/raft.pt", os.environ.get("RAFT_AUTHORS")])
 @pytest.mark.parametrize("read, where, dis", [      # dis: of OpenCV's DIS, medium
-    (motorcycle, "SKIMAGE", (.743, 1.120, 2.628)), (aloe, "OPENCV", (1.112, 1.873, 4.852))])
+    (motorcycle, "SKIMAGE", (.743, 1.12, 2.63)), (aloe, "OPENCV", (1.11, 1.87, 4.85))])
 def test_shipped_raft_on_stereo_pairs(read, where, dis, weights, monkeypatch):
     """Real pairs, whose flow is minus the disparity, in three sizes (shorter side, px). They are in
     pip download --no-deps scikit-image (unzipped: SKIMAGE) and in the sources of
@@ -251,10 +251,10 @@ def test_shipped_raft_on_stereo_pairs(read, where, dis, weights, monkeypatch):
             flow = estimate_flow(raft, frames[None])[0, :1]
             error = (flow - torch.cat([u, 0 * u], 1)).norm(dim=1, keepdim=True)
             results.append(error[counted].mean().item())
+            assert results[-1] < most
     print(f"\n{weights}, {read.__name__} of 64, 128, 500 px: "
           + ", ".join(f"{a:.3f} (bf16 {b:.3f})" for a, b in zip(results[::2], results[1::2])))
     assert all(b < 1.02 * a for a, b in zip(results[::2], results[1::2]))
-    assert all(a < most for a, most in zip(results[::2], dis))
 
 
 @pytest.mark.skipif("TORCHVISION" not in os.environ, reason="no path to an unzipped wheel of "
