@@ -37,6 +37,7 @@ def report_errors(main):
     little memory ends as one line on stderr and exit code 2, Ctrl-C as one line and a shell's
     usual 130."""
     script = Path(sys.argv[0]).name
+    sys.stdout.reconfigure(errors="backslashreplace")       # names of files may be any bytes
     try:
         main()
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
@@ -102,12 +103,12 @@ def read_file(path, kind):
     return content
 
 
-def refuse_changes(folder, before, settings):
+def refuse_changes(path, before, settings, remedy="take another --out"):
     """ValueError where a folder's training was begun with other settings than these."""
     changed = "; ".join(f"{k} {before.get(k)!r}, not {v!r}" for k, v in settings.items()
                         if before.get(k) != v)
     if changed:
-        raise ValueError(f"{folder} was begun with {changed}: take another --out")
+        raise ValueError(f"{path} was begun with {changed}: {remedy}")
 
 
 def fast_dtype(device):
@@ -128,9 +129,10 @@ def autocast(device, dtype=None):
 # ---------------------------------------------------------------- an optimizer for matrices
 
 def orthogonalized(matrices):
-    """(n, rows, columns): others of the same singular vectors whose singular values are about 1 (.7
-    to 1.2; far below the largest, less): X <- a X + (b A + c A^2) X, A = X X^T, five times, as Muon
-    has it. Where their rows are sharded, each process takes whole ones, its share of the n."""
+    """Matrices (n, rows, columns) with the same singular vectors, but singular values of about 1
+    (.7 to 1.2; those far below the largest stay smaller): X <- a X + (b A + c A^2) X, A = X X^T,
+    five times, as Muon has it. Where rows are sharded, each process takes whole matrices, its share
+    of the n."""
     if isinstance(matrices, DTensor):
         rows, mesh = matrices.placements, matrices.device_mesh
         taken = matrices.redistribute(placements=[Shard(0) if p.is_shard() else p for p in rows])
@@ -475,9 +477,8 @@ HIDDEN, CONTEXT, MOTION = 96, 64, 82    # channels of the GRU's state, and of wh
 
 def conv(c_in, c_out, kernel, stride=1, norm=False, relu=True):
     """Convolution, instance norm (without parameters), ReLU: what RAFT is built of."""
-    layers = [nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2)]
-    return nn.Sequential(*layers, *[nn.InstanceNorm2d(c_out)] * norm,
-                         *[nn.ReLU(inplace=True)] * relu)
+    return nn.Sequential(nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2),
+                         *[nn.InstanceNorm2d(c_out)] * norm, *[nn.ReLU(inplace=True)] * relu)
 
 
 class Bottleneck(nn.Module):
@@ -515,7 +516,7 @@ class Encoder(nn.Module):
 class UpdateBlock(nn.Module):
     """One iteration: motion encoder, convolutional GRU, flow head.
 
-    state (B, 96, h, w), `of_context` the context (B, 64, h, w), looked-up correlation
+    state (B, 96, h, w), what `of_context` has made of the context, looked-up correlation
     (B, 196, h, w), flow (B, 2, h, w) in cells -> new state and the change of the flow."""
     def __init__(self):
         super().__init__()
@@ -769,7 +770,8 @@ def photo_crops(photos, n, side, generator):
 
 
 def bent(x, y, m):
-    """The smooth bending of a layer at points x, y (n, P): two waves, of parameters m."""
+    """The smooth bending of a layer at points x, y (n, P): two waves, of wave vectors m[10 + k],
+    m[12 + k] and phases m[14 + k], that move x by m[16 + k] and y by m[18 + k] px at most."""
     wave = [torch.sin(m[10 + k] * x + m[12 + k] * y + m[14 + k]) for k in (0, 1)]
     return m[16] * wave[0] + m[17] * wave[1], m[18] * wave[0] + m[19] * wave[1]
 
@@ -1108,9 +1110,9 @@ def render_flow(raft, path, chunk=16):
         raise ValueError(f"{path}: not a video that can be read") from None
     width, height = meta["size"]
 
-    def write(temporary):
+    def pictures():
         nonlocal total, largest, count
-        frames, rgb, writer = [], None, None
+        frames = []
         for data in itertools.chain(reader, [None]):
             if data is not None:
                 frames.append(torch.frombuffer(bytearray(data), dtype=torch.uint8).view(
@@ -1121,26 +1123,23 @@ def render_flow(raft, path, chunk=16):
                 size = flow.norm(dim=1)
                 total, largest = total + size.sum().item(), max(largest, size.max().item())
                 count += size.numel()
-                rgb = (flow_to_rgb(flow) * 255).round().byte().permute(0, 2, 3, 1).contiguous()
-                if writer is None:
-                    writer = imageio_ffmpeg.write_frames(
-                        str(temporary.absolute()), (width, height), fps=meta["fps"],
-                        macro_block_size=2, output_params=["-crf", "12"],
-                        ffmpeg_log_level="quiet")
-                    writer.send(None)
-                for picture in rgb:
-                    writer.send(picture.numpy().tobytes())
+                rgb = (flow_to_rgb(flow) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+                yield from rgb
                 bar.update(len(flow))
                 frames = frames[-1:]
-        if writer is None:
+        if not count:
             raise ValueError(f"{path}: flow needs two frames at least, the video has {len(frames)}")
-        writer.send(rgb[-1].numpy().tobytes())      # the last one is repeated
-        writer.close()
+        yield rgb[-1]                               # the last one is repeated
+
+    def save(temporary):
+        iio.imwrite(temporary.absolute(), pictures(), is_batch=True, plugin="FFMPEG",
+                    fps=meta["fps"], macro_block_size=2, output_params=["-crf", "12"],
+                    ffmpeg_log_level="quiet")
         check_video(temporary, count // (width * height) + 1)
 
     pairs = max(1, round(meta["duration"] * meta["fps"]) - 1)
     with tqdm(total=pairs, desc="estimating", unit="pair") as bar:
-        write_file(target, write)
+        write_file(target, save)
     print(f"{target}: mean {total / count:.3f} px, largest {largest:.2f} px a frame")
 
 

@@ -89,7 +89,7 @@ def ranks():
 
 def say(text):
     if rank() == 0:
-        tqdm.write(text.encode(errors="replace").decode())      # (names of files may be any bytes)
+        tqdm.write(text)
 
 
 def wait_for_all():
@@ -155,13 +155,14 @@ def find_videos(folder):
             return name, [(str(row.get("file_name") or ""), row.get(column)) for row in rows]
     if (folder / "prompts.txt").is_file() and (folder / "videos.txt").is_file():
         with text("videos.txt") as names, text("prompts.txt") as prompts:
-            names, prompts = names.read().splitlines(), prompts.read().splitlines()
+            # (not splitlines, which ends a line at Unicode's separators too)
+            names, prompts = ([line.rstrip("\r\n") for line in file] for file in (names, prompts))
         if len(names) != len(prompts):
             raise ValueError(f"{folder}: videos.txt has {len(names)} lines, prompts.txt has "
                              f"{len(prompts)}: one caption a video")
         return "videos.txt and prompts.txt", list(zip(names, prompts))
     found = []
-    for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
+    for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in SUFFIXES:
             beside = path.with_suffix(".txt")
             caption = text(beside.relative_to(folder)).read() if beside.is_file() else None
@@ -216,9 +217,9 @@ def read_clip(path, start, frames, fps, size):
             break
     else:
         raise ValueError(f"{len(video)} of {frames} frames can be decoded from {start / fps:.1f} s "
-                         f"on: damaged, or cut off?")
-    video = np.frombuffer(b"".join(video), np.uint8).reshape(frames, size, size, 3)
-    return torch.from_numpy(video.copy()).permute(0, 3, 1, 2)
+                         f"on: damaged, cut off, or has longer sound?")
+    video = torch.frombuffer(bytearray(b"".join(video)), dtype=torch.uint8)
+    return video.view(frames, size, size, 3).permute(0, 3, 1, 2)
 
 
 class Sprites:
@@ -254,8 +255,8 @@ class Sprites:
 
 
 class Folder:
-    """Videos of a folder, their flow by RAFT. A key is (file name, first frame, bytes of the
-    file): a file of another size is another video."""
+    """Videos of a folder, their flow by RAFT. A key is (file name, first frame, size of the file
+    in bytes): a file of another size is another video."""
     def __init__(self, folder, preset, raft, out, workers):
         self.folder, self.preset, self.raft = Path(folder), preset, raft
         if rank() == 0:
@@ -269,12 +270,13 @@ class Folder:
         # training the TAE sees clips again: of recent ones 256 MB are kept, of their flow too
         self.recent, self.room = {}, 2 ** 28 // clip
         self.read_kept = functools.lru_cache(self.room)(self.read_one)
-        # its clips are in an order of no meaning, which new videos do not disturb
+        # an order of no meaning, in which the clips of other videos come between, if any are added
         self.order = sorted(self.keys(64), key=lambda key: zlib.crc32(repr(key).encode()))
 
     def examine_all(self, path, workers):
         """Writes {name: {caption, frames} or {reason}}; files that have not changed since the last
-        time are not opened again. Says what was found, used and skipped, and why."""
+        time, for a preset of the same clips, are not opened again. Says what was found, used and
+        skipped, and why."""
         layout, found = find_videos(self.folder)
         before = read_json(path) if path.is_file() else {}
         listing = {}
@@ -284,7 +286,8 @@ class Folder:
                 caption = " ".join(caption.split())
             file = self.folder / name
             status = file.stat() if os.path.isfile(file) else None
-            stamp = [status.st_size, status.st_mtime_ns] if status else None
+            stamp = status and [status.st_size, status.st_mtime_ns, self.preset.fps,
+                                self.preset.frames]
             known = before.get(name, {})
             if stamp and known.get("stamp") == stamp and known.get("caption") == caption:
                 return known
@@ -475,7 +478,7 @@ def weights_of(args):
 def read_lines(path):
     """The prompts of a text file, one a line; ValueError where there are none."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {path}: {getattr(error, 'strerror', 'not UTF-8')}") from None
     prompts = [line.strip() for line in lines if line.strip()]
@@ -531,8 +534,8 @@ def grid(*videos):
 
 def fill(state, path, alone=False):
     """Reads the tensors of `state` from a checkpoint's folder, with all processes or alone."""
-    try:
-        dcp.load(state, checkpoint_id=path, no_dist=alone or not dist.is_initialized())
+    try:                                            # (DCP detaches what it fills)
+        dcp.load(state, checkpoint_id=path, no_dist=alone)
     except (Exception, dcp.api.CheckpointException):    # (which is no Exception)
         raise ValueError(f"{path}: damaged, or of another model: delete it, and the same command "
                          f"goes on from the checkpoint before") from None
@@ -567,8 +570,8 @@ class Run:
                 if not all(torch.equal(mine[k].cpu(), v) for k, v in tae.state_dict().items()):
                     raise ValueError(f"--init {args.init}: its TAE is not that of {self.out}, take "
                                      f"another --out")
-            for stage in [args.stage] if args.stage else ("base", "jam", "control"):
-                if stage in ("base", "jam", "control") and not dits.keys() & {stage, "base"}:
+            for stage in ("base", "jam", "control"):
+                if args.stage in (None, stage) and not dits.keys() & {stage, "base"}:
                     raise ValueError(f"--init {args.init}: has no base model to start {stage} "
                                      f"from, only {', '.join(dits)}")
         for folder in ("previews", "latents", "checkpoints"):
@@ -636,7 +639,7 @@ class Run:
             shutil.rmtree(path, ignore_errors=True)
         wait_for_all()
         try:
-            dcp.save(state, checkpoint_id=path, no_dist=not dist.is_initialized())
+            dcp.save(state, checkpoint_id=path)
             if rank() == 0:
                 write_text(path / "status.json", json.dumps({"step": step, **status}))
         except (OSError, ValueError, RuntimeError, dcp.api.CheckpointException) as error:
@@ -754,23 +757,23 @@ def distribute(model, run):
     layers = [*model.text.layers, *model.blocks, model] if isinstance(model, DiT) else \
         [model.encoder, model.decoder]
     torch.manual_seed(run.args.seed)
+    if run.args.compile and isinstance(model, DiT):
+        model.compile_blocks()
     for layer in layers:
         materialize(layer, run.device)
         layer.to(run.device)
-        if run.args.compile and isinstance(model, DiT) and layer is not model:
-            layer.compile()
         if mesh is not None:
             fully_shard(layer, **options)
     return model.to(run.device) if mesh is None else model
 
 
+@torch.no_grad()
 def assign(parameter, whole):
     """Copies a whole tensor into a parameter, of which this process may hold a shard only."""
-    with torch.no_grad():
-        whole = whole.to(parameter.device, parameter.dtype)
-        if isinstance(parameter, DTensor):
-            whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
-        parameter.copy_(whole)
+    whole = whole.to(parameter.device, parameter.dtype)
+    if isinstance(parameter, DTensor):
+        whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
+    parameter.copy_(whole)
 
 
 MOTION_ROWS = {"W_in.weight": 1, "W_out.weight": 0}     # the two layers of Sec. 4.2 and their axes
@@ -805,50 +808,44 @@ def summary(reports):
     return row
 
 
-def optimize(run, stage, model, load, loss_of, preview, stream=None, origin=None):
+def optimize(run, stage, model, load, loss_of, preview, stream, settings):
     """Trains `model` for a stage's steps, from its last checkpoint on: gradients clipped to norm 1,
     an exponential moving average (EMA) of the weights; a short warm-up, then a constant learning
     rate that falls to zero over the last 30% (a stage made longer goes back up).
 
     load(step, places) -> the data of places in the batch, in a thread ahead of time;
     loss_of(data, rows, draws) -> scalar loss, {name: (n,)} to report, of some rows of that data,
-    with a generator for each; preview(path, step) shows the average in a checkpoint's folder."""
+    with a generator for each, from `stream`; preview(path, step) shows the average in a
+    checkpoint's folder; settings {name: value}: what a stage cannot go on without."""
     args, (steps, lr, batch) = run.args, run.setting(stage)
     if batch % (ranks() * args.accumulate):
         raise ValueError(f"{stage}: a batch of {batch} does not divide into {ranks()} processes x "
                          f"{args.accumulate} parts (--batch, --accumulate)")
+    local, each = batch // ranks(), batch // ranks() // args.accumulate
     say(f"{stage}: {steps} steps, lr {lr:g}, batch {batch} = {ranks()} processes x "
-        f"{args.accumulate} x {batch // ranks() // args.accumulate}, "
+        f"{args.accumulate} x {each}, "
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {run.device}, "
-        f"{str(args.precision)[6:]}, {'compiled' if args.compile else 'not compiled'}, "
-        f"t {'uniform' if args.uniform_t else 'logit-normal'}, shifted by {args.t_shift:g}")
+        f"{str(args.precision)[6:]}, "
+        f"{'compiled' if args.compile and isinstance(model, DiT) else 'not compiled'}"
+        + "".join(f", {name} {value}" for name, value in settings.items() if value is not None))
     weights = dict(model.train().named_parameters())
     average = {name: weight.detach().clone() for name, weight in weights.items()}
     optimizing = optimizers(model, lr)
     moments = {weight: held for optimizer in optimizing for weight, held in optimizer.state.items()}
     state = {"model": weights, "ema": average,
              "optimizer": {name: moments[weight] for name, weight in weights.items()}}
-    settings = {"lr": lr, "batch": batch, "origin": origin}
-    if stage != "tae":
-        settings |= {"uniform_t": args.uniform_t, "t_shift": args.t_shift}
-    if stage == "jam":
-        settings["motion_dropout"] = args.motion_dropout
+    settings = {"lr": lr, "batch": batch, **settings}
     step, (path, status) = 0, run.last(stage)
     if path:
-        changed = "; ".join(f"{k} {status.get(k)}, not {v}" for k, v in settings.items()
-                            if status.get(k) != v)
-        if changed:
-            raise ValueError(f"{path} was begun with {changed}: take another --out, or delete "
-                             f"{stage}'s checkpoints to begin the stage again")
+        refuse_changes(path, status, settings, f"take another --out, or delete {stage}'s "
+                       f"checkpoints to begin the stage again")
         step = status["step"]
-        with torch.no_grad():
-            fill(state, path)
+        fill(state, path)
     run.forget_after(stage, step)
     if step >= steps:
         return say(f"{stage}: {step} steps are done already")
     first = step
 
-    local = batch // ranks()
     places = range(rank() * local, (rank() + 1) * local)
     ahead = Ahead(lambda step: load(step, places), range(step, steps), args.workers)
     begun, saved, recent, bad, skipped = time.time(), time.time(), [], [], 0
@@ -863,9 +860,8 @@ def optimize(run, stage, model, load, loss_of, preview, stream=None, origin=None
             for optimizer in optimizing:
                 optimizer.param_groups[0]["lr"] = rate
             for part in range(args.accumulate):
-                rows = range(local)[part * local // args.accumulate:
-                                    (part + 1) * local // args.accumulate]
-                draws = [generator(args.seed, stream or stage, step, places[row]) for row in rows]
+                rows = range(part * each, (part + 1) * each)
+                draws = [generator(args.seed, stream, step, places[row]) for row in rows]
                 with autocast(run.device, args.precision):
                     loss, report = loss_of(data, rows, draws)
                 (loss / args.accumulate).backward()
@@ -963,13 +959,13 @@ def train_tae(run):
         write_video(run.out / f"previews/tae-{step:06d}.mp4", grid(*pairs[0], *pairs[1]),
                     run.preset.fps)
 
-    optimize(run, "tae", distribute(tae, run), load, loss_of, preview)
+    optimize(run, "tae", distribute(tae, run), load, loss_of, preview, "tae", {})
     path, done = run.finished("tae")
     origin = f"step {done}"
     if rank() == 0 and not ((run.out / "tae.pt").exists()
                             and read_file(run.out / "tae.pt", "tae")["origin"] == origin):
-        whole = run.average(path, TAE(run.preset.tae)).to(run.device)
-        few = min(batch, run.setting("encode")[2])      # clips that fit into a GPU's memory
+        whole = run.average(path, TAE(run.preset.tae)).to(run.device).requires_grad_(False)
+        few = batch // ranks() // run.args.accumulate   # clips that have fitted in training
 
         def clips(motion):
             for start in range(0, 256, few):
@@ -1025,37 +1021,37 @@ def encode(run):
                if keys and not (folder / f"{s:06d}.json").exists()]
     wait_for_all()                                  # before any of them is made
     say(f"encode: {sum(map(len, shards))} clips in {len(shards)} shards, {len(missing)} to do")
-    mine = missing[rank()::ranks()]
-    parts = [(s, start) for s in mine for start in range(0, len(shards[s]), batch)]
-    ahead = Ahead(lambda part: world.read(shards[part[0]][part[1]:part[1] + batch]), parts,
-                  run.args.workers)
-    bar = tqdm(total=sum(len(shards[s]) for s in mine), desc="encode", unit="clip",
+    parts = {s: [shards[s][i:i + batch] for i in range(0, len(shards[s]), batch)]
+             for s in missing[rank()::ranks()]}
+    ahead = Ahead(world.read, itertools.chain(*parts.values()), run.args.workers)
+    bar = tqdm(total=sum(len(shards[s]) for s in parts), desc="encode", unit="clip",
                disable=rank() > 0)
-    seconds, begun = collections.Counter(), time.time()
-    x, d, content = [], [], {"keys": [], "captions": [], "skipped": {}}
-    for (s, start), (video, captions, extra, skipped) in zip(parts, ahead):
-        content["skipped"] |= {name: reason for (name, *_), reason in skipped.items()}
-        if len(video):
-            clock = time.time()
-            video = video.to(run.device)
-            motion = world.motion(video, extra)
-            seconds["flow"] += time.time() - clock
-            clock = time.time()
-            with torch.no_grad(), autocast(run.device, run.args.precision):
-                x.append(tae.encode(video).half().cpu().numpy())
-                d.append(tae.encode(motion, motion=True).half().cpu().numpy())
-            seconds["TAE"] += time.time() - clock
-            content["captions"] += captions
-            content["keys"] += [key for key in shards[s][start:start + batch]
-                                if not skipped or tuple(key) not in skipped]
-        bar.update(min(batch, len(shards[s]) - start))
-        if start + batch >= len(shards[s]):         # the shard is full; its captions come last
-            empty = [np.zeros((0, *run.preset.latent_shape()), np.float16)]
-            for kind, part in (("x", x), ("d", d)):
-                write_file(folder / f"{s:06d}.{kind}.npy",
-                           lambda temporary: np.save(temporary, np.concatenate(part or empty)))
-            write_text(folder / f"{s:06d}.json", json.dumps(content))
-            x, d, content = [], [], {"keys": [], "captions": [], "skipped": {}}
+    seconds, begun, read = collections.Counter(), time.time(), iter(ahead)
+    for s, batches in parts.items():
+        x, d = ([np.zeros((0, *run.preset.latent_shape()), np.float16)] for _ in range(2))
+        content = {"keys": [], "captions": [], "skipped": {}}
+        for keys, (video, captions, extra, skipped) in zip(batches, read):
+            content["skipped"] |= {name: reason for (name, *_), reason in skipped.items()}
+            if len(video):
+                clock = time.time()
+                video = video.to(run.device)
+                motion = world.motion(video, extra)
+                if run.device.type == "cuda":
+                    torch.cuda.synchronize()        # its work is RAFT's, not yet the TAE's
+                seconds["flow"] += time.time() - clock
+                clock = time.time()
+                with torch.no_grad(), autocast(run.device, run.args.precision):
+                    x.append(tae.encode(video).half().cpu().numpy())
+                    d.append(tae.encode(motion, motion=True).half().cpu().numpy())
+                seconds["TAE"] += time.time() - clock
+                content["captions"] += captions
+                content["keys"] += [key for key in keys
+                                    if not skipped or tuple(key) not in skipped]
+            bar.update(len(keys))
+        for kind, part in (("x", x), ("d", d)):
+            write_file(folder / f"{s:06d}.{kind}.npy",
+                       lambda temporary: np.save(temporary, np.concatenate(part)))
+        write_text(folder / f"{s:06d}.json", json.dumps(content))       # last: the shard is whole
     bar.close()
     wait_for_all()
     latents = Latents(folder)
@@ -1077,9 +1073,9 @@ def train_dit(run, stage):
     with torch.device("meta"):
         model = run.new_dit(motion)
     model.recompute = run.args.recompute
-    given, which = run.init[2] if run.init else {}, "base"
-    if stage in given or given and (stage == "base" or run.last("base")[0] is None):
-        which = stage if stage in given else "base"
+    given = run.init[2] if run.init else {}
+    which = stage if stage in given else "base"
+    if stage in given or "base" in given and run.last("base")[0] is None:
         origin = f"{'its own' if which == stage else which} of --init {run.args.init}"
         source = given[which].state_dict()
 
@@ -1104,8 +1100,7 @@ def train_dit(run, stage):
     clips, batch = len(latents.captions), run.setting(stage)[2]
     model = distribute(model, run)
     if read and run.last(stage)[0] is None:
-        with torch.no_grad():
-            begin_from(model, read, C, add_motion=motion and which == "base")
+        begin_from(model, read, C, add_motion=motion and which == "base")
     # the control's draws are jam's: the same clips, noise of x, times and dropped prompts
     stream = "base" if stage == "base" else "fine-tuning"
 
@@ -1132,7 +1127,10 @@ def train_dit(run, stage):
         shown = [part.cpu() for part in bundle.generate(captions, steps=30) if part is not None]
         write_video(run.out / f"previews/{stage}-{step:06d}.mp4", grid(*shown), run.preset.fps)
 
-    optimize(run, stage, model, load, loss_of, preview, stream, origin)
+    settings = {"origin": origin, "uniform_t": run.args.uniform_t, "t_shift": run.args.t_shift}
+    if motion:
+        settings["motion_dropout"] = run.args.motion_dropout
+    optimize(run, stage, model, load, loss_of, preview, stream, settings)
 
 
 # ---------------------------------------------------------------- what a run would take
@@ -1142,14 +1140,14 @@ def saved_bytes(function):
     kept = {}
 
     def pack(tensor):
-        if not isinstance(tensor, torch.nn.Parameter):
+        owner = tensor if tensor._base is None else tensor._base    # (a Linear keeps weight.t())
+        if not isinstance(owner, torch.nn.Parameter):
             storage = tensor.untyped_storage()
             kept[storage._cdata] = (storage.nbytes(), tensor)           # (kept alive: no id twice)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = function()
-    del output
+        function()
     return sum(size for size, _ in kept.values())
 
 
@@ -1176,17 +1174,27 @@ def dry_run(args):
     with torch.no_grad():
         F_encode, F_forward = flops_of(lambda: tae.posterior(video)), flops_of(lambda: dit(z, t, y))
     layer = max(sum(p.numel() for p in block.parameters()) for block in dit.blocks)
-    kept = {}
+    kept = []                                       # without recomputation, with it; so below
     for dit.recompute in (False, True):
-        kept[dit.recompute] = saved_bytes(lambda: dit(z, t, y))
+        kept.append(saved_bytes(lambda: dit(z, t, y)))
+    kept[1] += kept[0] / len(dit.blocks)            # what the block that is recomputed keeps
     tokens = shape[1] * (shape[2] // preset.dit.patch) * (shape[3] // preset.dit.patch)
     steps, _, batch = (given or default for given, default in
                        zip((args.steps, None, args.batch), DEFAULTS[args.preset]["jam"]))
     clips = max(1, batch // world // args.accumulate)
-    # the block that is recomputed keeps what all of them would, divided among them
-    recomputed = kept[True] + kept[False] / len(dit.blocks)
-    GB = 1e9
-    train = {False: 3 * F_forward, True: 4 * F_forward}
+    training, kept = [3 * F_forward, 4 * F_forward], [clips * size for size in kept]
+    memory = {"memory a GPU: weights, fp32": 4 * P / world, "  gradients, fp32": 4 * P / world,
+              "  moments of Muon and AdamW, fp32": 4 * moments / world,
+              "  average (EMA), fp32": 4 * P / world}
+    if world > 1:
+        memory["  two layers gathered, bf16"] = 4 * layer
+    else:
+        memory["  bf16 copy of a layer"] = 2 * layer
+
+    def both(pair, unit, scale):
+        plain, again = (f"{value / scale:,.2f} {unit}" for value in pair)
+        return f"{plain}, with recomputation {again}"
+
     print(f"{args.preset} on {world} GPUs, VideoJAM fine-tuning of {steps} steps x {batch} clips "
           f"of {preset.frames} x {preset.size} x {preset.size}")
     rows = [
@@ -1194,24 +1202,13 @@ def dry_run(args):
         ("parameters, TAE", f"{sum(p.numel() for p in tae.parameters()) / 1e6:.1f} M"),
         ("tokens a clip", f"{tokens:,} of video, {preset.dit.max_bytes // FOLD} of text"),
         ("FLOPs a clip, forward", f"{F_forward / 1e12:,.2f} T"),
-        ("FLOPs a clip, training step", f"{train[False] / 1e12:,.2f} T, with recomputation "
-                                        f"{train[True] / 1e12:,.2f} T"),
-        ("FLOPs a clip, encoding (once)",
-         f"{2 * F_encode / 1e12:,.2f} T and RAFT"),
-        ("memory a GPU: weights, fp32", f"{4 * P / world / GB:,.2f} GB"),
-        ("  gradients, fp32", f"{4 * P / world / GB:,.2f} GB"),
-        ("  moments of Muon and AdamW, fp32", f"{4 * moments / world / GB:,.2f} GB"),
-        ("  average (EMA), fp32", f"{4 * P / world / GB:,.2f} GB"),
-        ("  two layers gathered, bf16" if world > 1 else "  bf16 copy of a layer",
-         f"{(4 if world > 1 else 2) * layer / GB:,.2f} GB"),
-        (f"  activations of {clips} clips", f"{clips * kept[False] / GB:,.2f} GB, with "
-                                            f"recomputation {clips * recomputed / GB:,.2f} GB")]
-    total = {again: (12 * P + 4 * moments) / world + (4 if world > 1 else 2) * layer
-             + clips * (recomputed if again else kept[False]) for again in (False, True)}
-    rows.append(("  in all", f"{total[False] / GB:,.1f} GB, with recomputation "
-                             f"{total[True] / GB:,.1f} GB"))
-    for again, name in ((False, "time"), (True, "time, with recomputation")):
-        seconds = steps * batch * train[again] / (world * args.tflops * 1e12)
+        ("FLOPs a clip, training step", both(training, "T", 1e12)),
+        ("FLOPs a clip, encoding (once)", f"{2 * F_encode / 1e12:,.2f} T and RAFT"),
+        *[(name, f"{size / 1e9:,.2f} GB") for name, size in memory.items()],
+        (f"  activations of {clips} clips", both(kept, "GB", 1e9)),
+        ("  in all", both([sum(memory.values()) + size for size in kept], "GB", 1e9))]
+    for name, flops in zip(("time", "time, with recomputation"), training):
+        seconds = steps * batch * flops / (world * args.tflops * 1e12)
         rows.append((name, f"{seconds / 3600:,.1f} h = {seconds * world / 3600:,.0f} GPU-hours"))
     for name, value in rows:
         print(f"  {name:<36}{value}")
@@ -1235,7 +1232,8 @@ def parse():
     parser.add_argument("--steps", type=int, help="of each stage run (encode: clips; with --data, "
                         "of each video)")
     parser.add_argument("--lr", type=float, help="learning rate of each stage run")
-    parser.add_argument("--batch", type=int, help="clips in a step of each stage run, on all GPUs")
+    parser.add_argument("--batch", type=int, help="clips in a step of each stage run, on all "
+                        "GPUs; in encode, on each")
     parser.add_argument("--accumulate", type=int, default=1, help="parts that a process's share of "
                         "the batch is computed in, one after the other")
     parser.add_argument("--flow", choices=("exact", "raft"), help="where motion comes from; "

@@ -1,4 +1,5 @@
 """pytest tests/test_train.py"""
+import dataclasses
 import json
 import os
 import shutil
@@ -580,6 +581,8 @@ def test_saved_bytes_counts_what_the_backward_pass_needs():
     weight = torch.nn.Parameter(torch.zeros(20, 5))
     # the product keeps x (and a parameter, not counted), the sigmoid its output
     assert train.saved_bytes(lambda: (x @ weight).sigmoid()) == 4 * (200 + 50)
+    linear = torch.nn.Linear(20, 5, bias=False)         # (of three axes: keeps its weight's view)
+    assert train.saved_bytes(lambda: linear(x[None]).sigmoid()) == 4 * (200 + 50)
 
 
 # ---------------------------------------------------------------- bad input
@@ -747,7 +750,7 @@ LAYOUTS = {
     "metadata.jsonl": {"metadata.jsonl": '{"file_name": "a.mp4", "caption": "one, with a comma"}\n'
                                          '\n{"file_name": "inside/b.mp4", "caption": "é"}\n'},
     "videos.txt and prompts.txt": {"videos.txt": "a.mp4\ninside/b.mp4\n",
-                                   "prompts.txt": "one, with a comma\né\n"},
+                                   "prompts.txt": "one, with\u2028a comma\né\n"},
     "a .txt beside each video": {"a.txt": "one, with a comma", "inside/b.txt": "é"},
 }
 
@@ -771,6 +774,16 @@ def test_three_layouts_give_the_same_clips(folder, tmp_path, layout, capfd):
         torch.testing.assert_close(clip.mean((1, 2, 3)) * 255, 8 * frames, atol=3, rtol=0)
         torch.testing.assert_close(rgb_to_flow(flow)[:, 0].mean((1, 2)), .2 * torch.arange(5.),
                                    atol=.05, rtol=0)
+
+
+def test_a_listing_of_another_preset_is_made_again(folder, tmp_path):
+    (folder / "metadata.csv").write_text("file_name,text\na.mp4,one\ninside/b.mp4,two\n")
+    slow = dataclasses.replace(TINY, fps=4)
+    fresh = {preset.fps: opened(folder, tmp_path / f"{preset.fps}", preset).videos
+             for preset in (TINY, slow)}
+    assert [opened(folder, tmp_path / "run", preset).videos for preset in (TINY, slow, TINY)] == [
+        fresh[TINY.fps], fresh[slow.fps], fresh[TINY.fps]]
+    assert fresh[TINY.fps]["a.mp4"]["frames"] == 2 * fresh[slow.fps]["a.mp4"]["frames"]
 
 
 def test_files_of_other_editors_and_names_of_any_bytes(folder, tmp_path, capfd):
