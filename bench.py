@@ -1,7 +1,8 @@
 """The paper's experiments, with the control that it did not have, on the sprite world.
 
     python bench.py                         all of them (--quick for a look): runs/bench/report.html
-    python bench.py compare --n 500         one: motivation, compare, ablation, sdedit, speed
+    python bench.py compare --n 500         one (runs/bench/compare/report.html), of motivation,
+                                            compare, ablation, sdedit; or speed
     python bench.py metrics FOLDER          VBench's motion metrics of anybody's videos
     python bench.py generate PROMPTS.txt FOLDER     samples of a prompt file, named as for VBench
     python bench.py rate A/ B/              a page that asks people which is better
@@ -18,7 +19,6 @@ import json
 import math
 import os
 import re
-import resource
 import shlex
 import sys
 import time
@@ -33,10 +33,10 @@ from tqdm import tqdm
 from flow import (COLOURS, DIRECTIONS, HELD_OUT, RAFT, SHAPES, TRAVEL, TURNS, autocast, bouncing,
                   estimate_flow, fast_dtype, flow_to_rgb, optimizers, report_errors, rgb_to_flow,
                   signed_distance, sprite_clips, write_text)
-from train import (can_compile, device_of, flops_of, grid, read_lines, saved_bytes, say_cut,
-                   weights_of, write_video)
-from videojam import (VideoJAM, euler_sample, linear_quadratic, noised, squared_errors, tokenize,
-                      velocity)
+from train import (SUFFIXES, can_compile, device_of, flops_of, grid, read_lines, saved_bytes,
+                   say_cut, weights_of, write_video)
+from videojam import (VideoJAM, cut, euler_sample, linear_quadratic, noised, squared_errors,
+                      tokenize, velocity)
 
 # ---------------------------------------------------------------- tracking a sprite
 
@@ -114,8 +114,9 @@ def blobs(mask, least):
 
 # ---------------------------------------------------------------- fitting the named motion
 
-def least_squares(basis, target):
-    """The candidate of (K, n, P) that fits target (n,) best: RMS error, coefficients, index."""
+def least_squares(bases, target):
+    """Which of some bases (n, P) fits target (n,) best: RMS error, coefficients (P,), index."""
+    basis = np.stack(bases)                                             # (K, n, P)
     coefficients = np.linalg.pinv(basis) @ target                       # (K, P)
     rms = np.sqrt(np.mean((np.einsum("knp,kp->kn", basis, coefficients) - target) ** 2, 1))
     best = int(rms.argmin())
@@ -141,45 +142,44 @@ def fit_motion(kind, phrase, path, size, radius=.145):
     def planar(*columns):
         """A basis for x and y together: an offset each, and columns given as (for x, for y)."""
         pairs = [(one, zero), (zero, one), *columns]
-        return np.stack([np.concatenate(pair) for pair in pairs], -1)[None]
+        return np.stack([np.concatenate(pair) for pair in pairs], -1)
 
     speed = words[-1] if words[-1] in TRAVEL else ""
     word = words[-2] if speed else words[-1]
     if kind == "move":
-        rms, c, _ = least_squares(planar((tau, zero), (zero, tau)), both)
+        rms, c, _ = least_squares([planar((tau, zero), (zero, tau))], both)
         along = c[2] * DIRECTIONS[word][0] + c[3] * DIRECTIONS[word][1]
         across = abs(c[2] * DIRECTIONS[word][1]) + abs(c[3] * DIRECTIONS[word][0])
         good, amount = in_range(along, *TRAVEL[speed]) and across < .3 * along, along
     elif kind == "zigzag":
         tooth = np.abs((2 * tau + .5) % 1 * 2 - 1)
-        rms, c, _ = least_squares(planar((tau, zero), (zero, tooth)), both)
+        rms, c, _ = least_squares([planar((tau, zero), (zero, tooth))], both)
         amount = c[2] * DIRECTIONS[word][0]
         good = in_range(amount, .45, .6) and in_range(c[3], .2, .3)
     elif kind == "swing":
         family = [(a, n, p) for a in np.linspace(.5, 1, 11) for n in np.linspace(.6, 1.4, 33)
                   for p in (0, np.pi)]
         theta = [a * np.cos(2 * np.pi * n * tau + p) for a, n, p in family]
-        rms, c, best = least_squares(np.concatenate(
-            [planar((np.sin(t), np.cos(t))) for t in theta]), both)
+        rms, c, best = least_squares([planar((np.sin(t), np.cos(t))) for t in theta], both)
         amount = c[2]
         good = in_range(amount, .3, .4) and in_range(family[best][1], .8, 1.2, .15)
     elif kind == "orbit":
         sign = 1 if word == "clockwise" else -1
         theta = [2 * np.pi * n * tau for n in np.linspace(.6, 1.4, 33) * sign]
-        rms, c, best = least_squares(np.concatenate(
-            [planar((np.cos(t), np.sin(t)), (-np.sin(t), np.cos(t))) for t in theta]), both)
+        rms, c, _ = least_squares([planar((np.cos(t), np.sin(t)), (-np.sin(t), np.cos(t)))
+                                   for t in theta], both)
         amount = np.hypot(c[2], c[3])
         good = in_range(amount, .18, .28)
     elif kind == "spin":
-        rms, _, _ = least_squares(planar(), both)
-        off, c, _ = least_squares(np.stack([one, tau], -1)[None], angle)
+        rms, _, _ = least_squares([planar()], both)
+        off, c, _ = least_squares([np.stack([one, tau], -1)], angle)
         amount = c[1] / (2 * np.pi) * (1 if word == "clockwise" else -1)      # turns
         rms = np.hypot(rms, off * radius)               # an angle's error, at the sprite's edge
         good = in_range(amount, *TURNS[speed])
     elif kind == "fall":
         family = [(f, e) for f in np.linspace(.25, .5, 26) for e in np.linspace(.5, .9, 9)]
-        rms, c, best = least_squares(np.concatenate(
-            [planar((zero, bouncing(tau, 0, 1, f, e))) for f, e in family]), both)
+        rms, c, best = least_squares([planar((zero, bouncing(tau, 0, 1, f, e)))
+                                      for f, e in family], both)
         good, amount = in_range(c[2], 1 - .4 - .17, 1 - 2 * .12), family[best][1] ** 2
     return rms * size, bool(good and rms < .025), float(amount)
 
@@ -279,16 +279,17 @@ def frechet(a, b):
     return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
 
 
-def distance_cell(video, others):
-    """A table's cell: the Frechet distance of frame statistics, with its interval over clips."""
+def distance_cell(video, others, n):
+    """A table's cell: the Frechet distance of frame statistics, with its interval over n prompts
+    (of several samples, all prompts' first ones come first)."""
     theirs = moments(frame_statistics(others))
-    mine = frame_statistics(video).unflatten(0, video.shape[:2])
+    mine = frame_statistics(video).unflatten(0, (-1, n, video.shape[1]))
 
-    def distance(clips, axis=0):
+    def distance(prompts, axis=0):
         return np.apply_along_axis(
-            lambda i: frechet(moments(mine[i.astype(int)].flatten(0, 1)), theirs), axis, clips)
+            lambda i: frechet(moments(mine[:, i.astype(int)].flatten(0, 2)), theirs), axis, prompts)
 
-    return cell(range(len(video)), statistic=distance)
+    return cell(range(n), statistic=distance)
 
 
 # ---------------------------------------------------------------- the sprite world's own metrics
@@ -315,7 +316,8 @@ def judge(video, scenes):
         error, named, amount = fit_motion(sprite["kind"], sprite["phrase"], path, S)
         there = bool(there.all())
         speeds = {"move": TRAVEL, "spin": TURNS}.get(sprite["kind"], {})
-        speed = min(speeds, key=lambda word: abs(amount - np.mean(speeds[word])), default=None)
+        paces = {None: 0, **{word: np.mean(speeds[word]) for word in speeds}}  # None: no motion
+        speed = min(paces, key=lambda word: abs(amount - paces[word]))
         word = sprite["phrase"].split()[-1]
         rows.append({
             "kind": sprite["kind"], "held_out": scene["held_out"], "there": there,
@@ -362,7 +364,7 @@ class World:
         key = which, *sorted(options.items())
         if key not in self.done:
             defaults = {"steps": self.args.steps, "w1": self.args.w1, "w2": self.args.w2}
-            self.done[key] = self.models[which].generate(
+            self.done[key] = (self.models | self.also)[which].generate(
                 self.captions * self.args.seeds, seed=HELD_OUT, batch=50,
                 progress=f"{which} {options or ''}", **{**defaults, **options})
         return self.done[key]
@@ -420,7 +422,7 @@ def paired_table(results, against):
                 *(scale * v for v in values), p, len(pairs), k=1 if scale == 100 else 2))
         table.append(row)
     return ["", "moves as named, points", "one sprite, points",
-            "motion error where both are there, px"], table
+            "mean motion error where both are there, px"], table
 
 
 # ---------------------------------------------------------------- the experiments
@@ -494,7 +496,8 @@ def compare(world):
                 moving = (told.norm(dim=1) > .3) | (seen.norm(dim=1) > .3)
                 apart.append((told - seen).norm(dim=1)[moving].mean().item()
                              if moving.any() else None)
-        table.append([name, *vbench_cells(metrics), cell(apart), distance_cell(video, others)])
+        table.append([name, *vbench_cells(metrics), cell(apart),
+                      distance_cell(video, others, args.n)])
     header = [f"the first {some} prompts", *VBENCH, "motion predicted against seen by RAFT, px",
               f"frame distance to {args.n} other real clips (all prompts)"]
     kinds = sorted({r["kind"] for r in results["real clips"]})
@@ -533,10 +536,7 @@ def ablation(world):
     results |= {f"w2 = {w:g}": world.sample(w2=w) for w in (1., 2., 4., 6.)}
     results |= {f"w2 in the first {share}% of steps": world.sample(motion_steps=steps * share / 100)
                 for share in (25, 75, 100)}
-    for run, other in world.also.items():
-        results[run] = other.generate(
-            world.captions * world.args.seeds, seed=HELD_OUT, batch=50, steps=steps,
-            w1=world.args.w1, w2=w2, progress=run)
+    results |= {run: world.sample(run) for run in world.also}
     rows = {name: judge(video, world.scenes)
             for name, (video, _) in (world.ceilings | results).items()}
     return {"about": f"n = {world.args.n} held-out clips' prompts, the same noise in every row. "
@@ -558,8 +558,7 @@ def sdedit(world):
     def row(name, t, edited):
         seen = torch.cat([estimate_flow(world.raft, v) for v in edited.split(8)])
         coarse = F.avg_pool2d(seen.flatten(0, 1), 8)
-        cosine = (coarse * truth).flatten(1).sum(1) / (
-            coarse.flatten(1).norm(dim=1) * truth.flatten(1).norm(dim=1)).clamp(min=1e-6)
+        cosine = F.cosine_similarity(coarse.flatten(1), truth.flatten(1))
         table.append([name, t, cell(cosine.view(n, -1).mean(1).tolist()),
                       cell((edited - video).abs().flatten(1).mean(1).tolist())])
         shown.append((name, edited[:8]))
@@ -586,18 +585,17 @@ def sdedit(world):
 
 # ---------------------------------------------------------------- folders of anybody's videos
 
-def videos_of(folder, kinds=(".mp4", ".webm", ".mov", ".avi", ".mkv", ".gif")):
+def videos_of(folder, kinds=SUFFIXES):
     """The paths of a folder's videos; ValueError where there are none."""
-    paths = sorted(p for p in Path(folder).glob("*") if p.suffix.lower() in kinds) \
-        if Path(folder).is_dir() else []
+    paths = sorted(p for p in Path(folder).glob("*") if p.suffix.lower() in kinds)
     if not paths:
-        raise ValueError(f"{folder}: no videos ({', '.join(kinds)}) in it")
+        raise ValueError(f"{folder}: no videos ({', '.join(sorted(kinds))}) in it")
     return paths
 
 
 def file_stem(prompt):
     """A prompt as a file's name: no slash or NUL, 180 bytes at most (a name holds 255)."""
-    return re.sub("[/\0]", " ", prompt).encode()[:180].decode(errors="ignore")
+    return cut(re.sub("[/\0]", " ", prompt), 180)
 
 
 def prompt_of(path):
@@ -616,18 +614,21 @@ def metrics(args):
         paths = [path for path in paths if prompt_of(path) in wanted]
     for path in tqdm(paths, desc="metrics"):
         try:
-            meta, *frames = read_frames(str(path.absolute()))
+            reader, frames = read_frames(str(path.absolute())), []
+            meta = next(reader)
             width, height = meta["size"]
-            video = torch.frombuffer(bytearray(b"".join(frames)), dtype=torch.uint8) \
-                .view(-1, height, width, 3).permute(0, 3, 1, 2) / 255
+            for frame in reader:                # one by one, since large ones fill the memory
+                frame = torch.frombuffer(bytearray(frame), dtype=torch.uint8) \
+                    .view(1, height, width, 3).permute(0, 3, 1, 2) / 255
+                frames.append(F.interpolate(frame, (args.size, args.size), mode="bilinear",
+                                            antialias=True) if args.size else frame)
+            video = torch.cat(frames)
         except Exception:                   # whatever the decoder says of a broken file
             tqdm.write(f"skipped {path.name}: it cannot be decoded")
             skipped += 1
             continue
         if prompt_of(path) == path.stem:
             tqdm.write(f"{path.name}: not named PROMPT-INDEX, its name is taken as the prompt")
-        if args.size:
-            video = F.interpolate(video, (args.size, args.size), mode="bilinear", antialias=True)
         rows[path.name] = vbench(video, meta["fps"], raft)
     if not rows:
         raise ValueError(f"{args.paths[0]}: no video to measure ({skipped} cannot be read, "
@@ -647,8 +648,8 @@ def generate(args):
         raise ValueError("generate takes a prompt file and a folder")
     prompts, out = list(dict.fromkeys(read_lines(args.paths[0]))), Path(args.paths[1])
     if len({file_stem(prompt) for prompt in prompts}) < len(prompts):
-        raise ValueError(f"{args.paths[0]}: two prompts have the same first 180 bytes, and so "
-                         "would the names of their files")
+        raise ValueError(f"{args.paths[0]}: two prompts would have the same file name, which has "
+                         "a prompt's first 180 bytes, without slashes")
     out.mkdir(parents=True, exist_ok=True)
     bundle = VideoJAM.load(weights_of(args), args.which, device_of(args.device))
     say_cut(prompts, bundle.config.dit.max_bytes)
@@ -675,8 +676,8 @@ def median_time(function, device, repeats=7):
 
 
 def speed(args):
-    """Each part's time, FLOPs and share of the rate of a matrix product in the same
-    precision (bf16 where the device is fast at it) and run."""
+    """Each part's time and FLOPs, and what share it reaches of the rate of a matrix product that
+    is measured in the same run and precision (bf16 where the device is fast at it)."""
     device = device_of(args.device)
     base, jam = (VideoJAM.load(weights_of(args), which, device) for which in ("base", "jam"))
     preset, B = base.config, args.batch
@@ -716,6 +717,7 @@ def speed(args):
              "RAFT, a pair of frames": (lambda: estimate_flow(raft, small), preset.frames - 1)}
     parts |= {f"sampling, {mode}, a step of {B} clips": (sampling(mode), 8)
               for mode in ("none", "cfg", "inner")}
+    parts["a sprite clip, rendered"] = (lambda: sprite_clips(range(32))), 32
     with torch.no_grad():
         flops = {name: flops_of(function) / count for name, (function, count) in parts.items()}
     flops |= {name: flops_of(counted) for name, (_, counted) in steps.items()}
@@ -735,24 +737,19 @@ def speed(args):
     with torch.no_grad():
         rows += [(name, median_time(function, device, 3) / count, flops[name])
                  for name, (function, count) in parts.items()]
-    rows.append(("a sprite clip, rendered", median_time(
-        lambda: [sprite_clips(range(i, i + 32)) for i in range(0, 128, 32)], device, 3) / 128, 0))
-    memory = (torch.cuda.max_memory_allocated() if device.type == "cuda"
-              else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     result = {name: {"ms": 1e3 * seconds, "GFLOP": count / 1e9, "share": count / seconds / peak}
               for name, seconds, count in rows}
 
-    def ratio(a, b, name):
-        return result[name.format(a)]["ms"] / result[name.format(b)]["ms"]
-
-    trained, sampled = f"training step of {B} clips, {{}}", f"sampling, {{}}, a step of {B} clips"
-    ratios = {"training step, jam / base": ratio("jam", "base", trained),
-              "sampling, inner / cfg": ratio("inner", "cfg", sampled),
+    ms = {name: row["ms"] for name, row in result.items()}
+    trained, each = f"training step of {B} clips, ", f", a step of {B} clips"
+    ratios = {"training step, jam / base": ms[trained + "jam"] / ms[trained + "base"],
+              "sampling, inner / cfg": ms["sampling, inner" + each] / ms["sampling, cfg" + each],
               f"matrix product, {str(product.dtype)[6:]}, GFLOP/s": peak / 1e9,
               "jam's activations kept for the backward pass, MB": kept[1],
               "the same, blocks recomputed (--recompute), MB": kept[0],
-              "peak memory, GB": memory / 1e9,
               "threads": torch.get_num_threads()}
+    if device.type == "cuda":
+        ratios["peak memory, GB"] = torch.cuda.max_memory_allocated() / 1e9
     print(markdown((["", "ms", "GFLOP", "of the matrix product's rate"],
                     [[name, f"{r['ms']:.3g}", f"{r['GFLOP']:.3g}", f"{100 * r['share']:.0f} %"]
                      for name, r in result.items()])), "\n")
@@ -778,7 +775,8 @@ image-rendering:pixelated;margin:.5em}button{font-size:1em;padding:.5em 2em;marg
 const data = DATA, keys = Object.keys(data.questions), $ = id => document.getElementById(id);
 const shuffled = a => { for (let i = a.length - 1; i > 0; i--) {
   const j = Math.floor(Math.random() * (i + 1)); [a[i], a[j]] = [a[j], a[i]]; } return a; };
-const memory = "videojam " + JSON.stringify([data.a, data.b, data.pairs.map(p => p.name)]);
+const memory = "videojam " + JSON.stringify(
+  [data.a, data.b, data.pairs.map(p => [p.name, p.a.length, p.b.length])]);
 let state = null;
 try { state = JSON.parse(localStorage.getItem(memory)); } catch (error) {}
 state ||= {rater: Math.random().toString(36).slice(2), votes: [],
@@ -867,7 +865,7 @@ def votes(args):
     for question in QUESTIONS:
         cast = [list(v.values()) for (asked, _), v in ballots.items() if asked == question]
         if cast:
-            agree = [np.mean([i == j for n, i in enumerate(v) for j in v[:n]])
+            agree = [np.mean([i == j for i, j in itertools.combinations(v, 2)])
                      for v in cast if len(v) > 1]
             raters = set().union(*(v for (asked, _), v in ballots.items() if asked == question))
             table.append([question, str(len(raters)), str(sum(map(len, cast))),
@@ -892,7 +890,7 @@ def svg(xlabel, curves, width=640, height=320):
 
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
              f'width="{width}" font-size="12" font-family="sans-serif">']
-    for (name, (x, y)), row in zip(curves.items(), range(9)):
+    for row, (name, (x, y)) in enumerate(curves.items()):
         band = [at(a, high) for a, (_, _, high) in zip(x, y)]
         band += [at(a, low) for a, (_, low, _) in zip(x, y)][::-1]
         line = [at(a, mean) for a, (mean, _, _) in zip(x, y)]
@@ -920,6 +918,7 @@ def report(out, sections, fps):
         "body{font:15px sans-serif;margin:2em}td,th{padding:.2em .8em;border-bottom:1px solid #ccc}"
         "video{margin:.2em;image-rendering:pixelated}</style><h1>VideoJAM: experiments</h1>"]
     for name, section in sections.items():
+        last = len(text)
         text += [f"## {name}", f"`{section['command']}`", section["about"]]
         page += [f"<h2>{name}</h2><code>{html.escape(section['command'])}</code>"
                  f"<p>{html.escape(section['about'])}"]
@@ -942,7 +941,6 @@ def report(out, sections, fps):
     for name, content in (("report.md", "\n\n".join(text) + "\n"), ("report.html", "\n".join(page)),
                           ("results.json", json.dumps(data, default=list))):
         write_text(out / name, content)
-    last = max(i for i, line in enumerate(text) if line.startswith("## "))
     print("\n\n".join(text[last:]) + f"\n\n{out}/report.html\n")
 
 
@@ -960,12 +958,13 @@ def main():
     parser.add_argument("paths", nargs="*", help="of metrics, generate, rate and votes")
     parser.add_argument("--run", help="folder of a training run; default: the shipped weights")
     parser.add_argument("--also", nargs="*", help="other runs, a row each in the ablation")
-    parser.add_argument("--n", type=int, help="prompts (default: 50)")
+    parser.add_argument("--n", type=int, help="prompts (default: 50, 16 with --quick)")
     parser.add_argument("--which", choices=("jam", "base", "control"), default="jam",
                         help="the model that `generate` samples")
     parser.add_argument("--seeds", type=int, default=1, help="samples of each prompt "
                         "(compare, ablation, generate), of which a prompt's numbers are the means")
-    parser.add_argument("--steps", type=int, help="of the sampler (default: 100)")
+    parser.add_argument("--steps", type=int, help="of the sampler (default: 100, 25 with "
+                        "--quick; sdedit's and motivation's are those of 100)")
     parser.add_argument("--w1", type=float, default=5.)
     parser.add_argument("--w2", type=float, default=3.)
     parser.add_argument("--quick", action="store_true", help="16 prompts, 25 steps, RAFT for 4 "
@@ -983,6 +982,8 @@ def main():
     for name in ("n", "steps", "seeds", "size", "batch"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} must be positive, got {getattr(args, name)}")
+    if args.paths and args.experiment in (*EXPERIMENTS, "speed"):
+        raise ValueError(f"{args.experiment} takes no {args.paths[0]}: a run is named by --run")
     args.out = args.out or Path("runs/bench") / (args.experiment or "")
     command = "python bench.py " + shlex.join(sys.argv[1:])
     if args.experiment in BY_ITSELF:

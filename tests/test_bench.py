@@ -70,6 +70,13 @@ def test_twice_the_speed_loses(real):
         assert verdicts == [True, False], s
 
 
+def test_what_stands_still_has_no_speed_not_even_a_slow_one(real):
+    moves = [i for i, s in enumerate(real[1]) if s["sprites"][0]["kind"] in ("move", "spin")]
+    video, scenes = real[0][moves], [real[1][i] for i in moves]
+    assert len(moves) > 4 and all(row["speed"] for row in judge(video, scenes))
+    assert not any(row["speed"] for row in judge(video[:, :1].expand_as(video), scenes))
+
+
 def test_intervals_bracket_the_statistic_and_shrink_with_more_prompts():
     values = np.random.default_rng(1).normal(3, 1, 400)
     mean, low, high = interval(values)
@@ -129,12 +136,15 @@ def test_frame_distance_has_an_interval_over_clips_that_narrows_with_their_numbe
     widths = []
     for n in (24, 96):
         video = clips[::96 // n]
-        value, low, high = map(float, re.findall(r"[\d.]+", bench.distance_cell(video, clips)))
+        value, low, high = map(float, re.findall(r"[\d.]+", bench.distance_cell(video, clips, n)))
         expected = bench.frechet(*(bench.moments(bench.frame_statistics(v))
                                    for v in (video, clips)))
         assert value == pytest.approx(expected, abs=.006) and low < high
         widths.append(high - low)
     assert widths[1] < widths[0]
+    # twice the same samples of each prompt say no more than once
+    assert bench.distance_cell(torch.cat([clips, clips]), clips, 96)[5:] == \
+        bench.distance_cell(clips, clips, 96)[5:]
 
 
 def test_every_experiment_writes_its_tables_and_a_page_that_holds_all(bundle, run, tmp_path):
@@ -165,6 +175,11 @@ def test_what_would_fail_at_the_end_is_said_before_anything_is_drawn(bundle, ref
         "--out", tmp_path / "out")
     assert "file: File exists" in refuses(bench.main, "motivation", "--run", bundle, "--n", 1,
                                           "--out", tmp_path / "file")
+
+
+def test_a_path_where_an_experiment_takes_none_is_not_taken_for_a_run(bundle, refuses, tmp_path):
+    for experiment in (*bench.EXPERIMENTS, "speed"):
+        assert "named by --run" in refuses(bench.main, experiment, bundle, "--out", tmp_path / "x")
 
 
 def test_models_that_a_bundle_lacks_are_left_out(bundle, run, tmp_path):

@@ -301,6 +301,8 @@ def test_widened_linears_keep_x_in_both_patch_layouts(channel_last, bias):
     torch.testing.assert_close(u[:, :C], back(leave(h)))
     assert u.shape == (5, 2 * C, offsets) and not u[:, C:].any()
     assert (wide.in_features, enter.in_features, type(wide)) == (24, 12, nn.Linear)
+    if bias:                            # trained, it leaves the layer that it was made of alone
+        assert wide.bias.data_ptr() != enter.bias.data_ptr()
 
 
 @pytest.mark.parametrize("layer, size", [
