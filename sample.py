@@ -1,7 +1,7 @@
 """Prompt in, video out.
 
     python sample.py "a red square moves left"
-    python sample.py "a blue star spins clockwise" --motion --out star.gif
+    python sample.py "a blue star zigzags left" --motion --out star.gif
     python sample.py --prompts prompts.txt --n 4 --out samples.mp4 --run runs/toy
 
 One file a sample, numbered where there are several. With --compare, the base model (classifier-free
@@ -12,6 +12,8 @@ import os
 import re
 import time
 from pathlib import Path
+
+import torch
 
 from flow import report_errors
 from train import device_of, grid, read_lines, say_cut, weights_of, write_video
@@ -43,9 +45,7 @@ def parse():
 
 
 def read_prompts(args):
-    prompts = list(args.prompt)
-    if args.prompts:
-        prompts += read_lines(args.prompts)
+    prompts = args.prompt + (read_lines(args.prompts) if args.prompts else [])
     if not prompts:
         raise ValueError('no prompt: try "a red square moves left"')
     if any("\ud800" <= character <= "\udfff" for character in "".join(prompts)):
@@ -89,18 +89,20 @@ def main():
     if args.motion and not model.dit.config.motion:
         raise ValueError(f"--motion: the {args.which} model predicts no motion")
     say_cut(prompts, model.config.dit.max_bytes)
-    start, prompts = time.time(), [prompt for prompt in prompts for _ in range(args.n)]
-    options = dict(steps=args.steps, w1=args.w1, w2=args.w2, seed=args.seed, emulated=args.emulated)
-    video, motion = model.generate(prompts, mode=args.guidance, progress=args.which, **options)
-    shown = [video, motion] if args.motion else [video]
-    if args.compare:
-        shown.insert(0, base.generate(prompts, progress="base", **options)[0])
-    for i, (path, prompt) in enumerate(zip(files, prompts)):
-        columns = grid(*(part[i:i + 1].transpose(-1, -2) for part in shown)).transpose(-1, -2)
-        write_video(path, columns, model.config.fps, args.upscale)
-        print(f"{path}: {prompt!r}")
+    began, prompts = time.time(), [prompt for prompt in prompts for _ in range(args.n)]
+    for start in range(0, len(prompts), 16):            # written as they come
+        some = prompts[start:start + 16]
+        options = dict(steps=args.steps, w1=args.w1, w2=args.w2, seed=args.seed + start,
+                       emulated=args.emulated)
+        video, motion = model.generate(some, mode=args.guidance, progress=args.which, **options)
+        shown = [video, motion] if args.motion else [video]
+        if args.compare:
+            shown.insert(0, base.generate(some, progress="base", **options)[0])
+        for path, prompt, *parts in zip(files[start:], some, *shown):
+            write_video(path, grid(torch.stack(parts)), model.config.fps, args.upscale)
+            print(f"{path}: {prompt!r}")
     what = ["base"] * args.compare + [args.which] + ["its motion"] * args.motion
-    print(f"{len(files)} of {' | '.join(what)} in {time.time() - start:.1f} s")
+    print(f"{len(files)} of {' | '.join(what)} in {time.time() - began:.1f} s")
 
 
 if __name__ == "__main__":

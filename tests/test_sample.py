@@ -98,14 +98,34 @@ def test_a_name_may_look_like_an_address_to_ffmpeg(run, bundle, tmp_path, monkey
 
 def test_several_prompts_and_samples_are_numbered_in_order(draw, bundle, tmp_path):
     # (some editors begin a file with a mark)
-    (tmp_path / "prompts.txt").write_text("a cross\n  a star \n\né\n", encoding="utf-8-sig")
+    (tmp_path / "prompts.txt").write_text("a cross\n  a star \n\né\u2028e\n", encoding="utf-8-sig")
     written, said = draw(PROMPT, "--prompts", tmp_path / "prompts.txt", "--n", 2)
     assert [path.name for path in written] == [f"a-{i}.gif" for i in range(8)]
-    prompts = [PROMPT, "a cross", "a star", "é"]
+    prompts = [PROMPT, "a cross", "a star", "é\u2028e"]
     expected, _ = generated(bundle, [prompt for prompt in prompts for _ in range(2)])
     for (path, picture), video in zip(written.items(), expected):
         assert torch.equal(picture, beside(video)) and str(path) in said
     assert not torch.equal(expected[0], expected[1])        # each has noise of its own
+
+
+def test_videos_are_written_as_they_come(draw, bundle, tmp_path, monkeypatch):
+    generate, batches = VideoJAM.generate, []
+
+    def stopped(self, prompts, **options):
+        batches.append(len(prompts))
+        if len(batches) == 2:
+            raise ValueError("stopped")
+        return generate(self, prompts, **options)
+
+    whole, _ = generated(bundle, [PROMPT] * 18)
+    written, _ = draw(PROMPT, "--n", 18)
+    assert all(torch.equal(a, beside(b)) for a, b in zip(written.values(), whole, strict=True))
+    for path in written:
+        path.unlink()
+    monkeypatch.setattr(VideoJAM, "generate", stopped)
+    with pytest.raises(AssertionError, match="stopped"):    # (what `draw` says of exit code 2)
+        draw(PROMPT, "--n", 18)
+    assert sorted(tmp_path.iterdir()) == sorted(written)[:batches[0]] and batches[0] < 18
 
 
 def test_small_videos_are_enlarged_for_a_person_and_the_name_comes_from_the_prompt(
