@@ -814,8 +814,9 @@ def flow_scenes(n, size, seed, shapes=6, photos=()):
     A background and up to `shapes` shapes in front of it (polygons, blobs, jagged and thin ones),
     each with a texture (fractal noise soft or hard, gradients, `photos`, or nothing) and a motion
     of its own upon the camera's: affine, perspective and a smooth bending, shifts from nothing to
-    a third of the frame. Then light and contrast change, blur and noise. All geometry is a formula
-    of continuous coordinates; flow is the front layer's at the pixel centres of frame1."""
+    a third of the frame; in half of the scenes a tenth of that. Then light and contrast change,
+    blur and noise. All geometry is a formula of continuous coordinates; flow is the front layer's
+    at the pixel centres of frame1."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(low, high, *shape):
@@ -832,7 +833,9 @@ def flow_scenes(n, size, seed, shapes=6, photos=()):
     y, x = (axis.reshape(1, -1) for axis in torch.meshgrid(side, side, indexing="ij"))  # (1, P)
     frames = torch.zeros(2, n, 3, size * size)
     front, motions = torch.zeros(n, size * size, dtype=torch.long), []  # the front layer's number
-    camera, camera_turn, camera_zoom = shift(.25), *uniform(-.45, .45, 1, 2).pow(3).unbind(-1)
+    pace = torch.where(chance(.5), .1, 1.)          # fractions of a pixel have to be learned too
+    camera, camera_turn, camera_zoom = (pace * part for part in (
+        shift(.25), *uniform(-.45, .45, 1, 2).pow(3).unbind(-1)))
     for layer in range(shapes + 1):                 # from the background to the front
         # texture: a picture of the frame's size, reflected beyond its edges
         textured = chance(.8)                       # the others are plain
@@ -844,7 +847,7 @@ def flow_scenes(n, size, seed, shapes=6, photos=()):
             taken = (textured & chance(.5))[..., None, None]
             picture = torch.where(taken, photo_crops(photos, n, size, generator), picture)
         # motion: the parameters of `moved` and `bent`
-        own = chance(.7 if layer else .3)
+        own = pace * chance(.7 if layer else .3)
         s = camera * uniform(.5, 1.5, 1) + own * shift(.2)              # nearer or farther
         turn = camera_turn + own * uniform(-.7, .7, 1) ** 3
         zoom = (camera_zoom + own * uniform(-.5, .5, 1) ** 3).exp()
@@ -854,7 +857,7 @@ def flow_scenes(n, size, seed, shapes=6, photos=()):
         g = own * (uniform(-1, 1, 1, 2) ** 3).movedim(-1, 0) * .5 / size
         length, theta = size * uniform(.3, 2, 2), uniform(0, 2 * math.pi, 2)
         k = 2 * math.pi / length                    # slope below 0.4, so that it can be inverted
-        bend = .2 / k * uniform(-1, 1, 2, 2).movedim(1, 0) * chance(.4)                 # (2, n, 2)
+        bend = pace * .2 / k * uniform(-1, 1, 2, 2).movedim(1, 0) * chance(.4)          # (2, n, 2)
         if layer == 0:                              # what nobody can see move does not move
             s, g, bend = s * textured, g * textured, bend * textured
             A = torch.where(textured, A, torch.tensor([1., 0, 0, 1]).view(4, 1, 1))
@@ -869,7 +872,7 @@ def flow_scenes(n, size, seed, shapes=6, photos=()):
         uneven = uniform(-.6, .6, 4) / lobes ** uniform(.2, 1.5, 1) * chance(.6)
         turned, sides = uniform(0, 2 * math.pi, 4), uniform(0, 1, 6) + torch.arange(6)
         offsets, body, present = radius * uniform(.5, 1, 6), chance(.6), chance(.7)
-        scale, where = uniform(.5, 1, 1, 1), uniform(-.5, .5, 1, 2)
+        scale, where = uniform(.6, 1.2, 1, 1), uniform(-.5, .5, 1, 2)
         back, bending = moved_back(x, y, m), bent(x, y, m)
         for i, (u, v) in enumerate(((x, y), (back[0] + bending[0], back[1] + bending[1]))):
             grid = torch.stack([u, v], -1).expand(n, -1, -1) * (2 * scale / size) - scale + where
@@ -929,10 +932,11 @@ def enlarged_crops(frame1, frame2, flow, generator):
 def training_pairs(step, batch, photos=()):
     """The batch of a step: frame1, frame2, flow, at the resolution that the network works at.
 
-    Every other one is a quarter as many scenes of 256 px; the rest, of 128 px, are from sprites and
-    scenes of 64 px enlarged, and scenes of 128 px."""
+    Every other one is a quarter as many scenes of 256 px, or an eighth of 384 px in turn; the rest,
+    of 128 px, are from sprites and scenes of 64 px enlarged, and scenes of 128 px."""
     if step % 2:
-        return flow_scenes(max(1, batch // 4), 256, step, photos=photos)
+        count, size = (batch // 8, 384) if step % 4 == 3 else (batch // 4, 256)
+        return flow_scenes(max(1, count), size, step, photos=photos)
     sprites = batch * 3 // 8
     scenes = (batch - sprites) // 2
     # fewer frames: faster motion, yet a square must turn by less than 45 degrees to be followed
