@@ -356,7 +356,7 @@ class World:
         self.video, self.flow, self.captions, self.scenes = held_out_clips(
             args.n, self.config.frames, self.config.size)
         self.done = {}
-        self.also = {run: VideoJAM.load(Path(run) / "model.pt") for run in args.also or ()}
+        self.also = {run: VideoJAM.load(run / "model.pt") for run in args.also or ()}
 
     def sample(self, which="jam", **options):
         """Video and RGB motion for the prompts (--seeds times all of them, one after the other);
@@ -536,7 +536,7 @@ def ablation(world):
     results |= {f"w2 = {w:g}": world.sample(w2=w) for w in (1., 2., 4., 6.)}
     results |= {f"w2 in the first {share}% of steps": world.sample(motion_steps=steps * share / 100)
                 for share in (25, 75, 100)}
-    results |= {run: world.sample(run) for run in world.also}
+    results |= {str(run): world.sample(run) for run in world.also}
     rows = {name: judge(video, world.scenes)
             for name, (video, _) in (world.ceilings | results).items()}
     return {"about": f"n = {world.args.n} held-out clips' prompts, the same noise in every row. "
@@ -619,10 +619,10 @@ def metrics(args):
             width, height = meta["size"]
             for frame in reader:                # one by one, since large ones fill the memory
                 frame = torch.frombuffer(bytearray(frame), dtype=torch.uint8) \
-                    .view(1, height, width, 3).permute(0, 3, 1, 2) / 255
+                    .view(1, height, width, 3).permute(0, 3, 1, 2)
                 frames.append(F.interpolate(frame, (args.size, args.size), mode="bilinear",
                                             antialias=True) if args.size else frame)
-            video = torch.cat(frames)
+            video = torch.cat(frames) / 255
         except Exception:                   # whatever the decoder says of a broken file
             tqdm.write(f"skipped {path.name}: it cannot be decoded")
             skipped += 1
@@ -957,7 +957,8 @@ def main():
                         choices=[*EXPERIMENTS, *BY_ITSELF])
     parser.add_argument("paths", nargs="*", help="of metrics, generate, rate and votes")
     parser.add_argument("--run", help="folder of a training run; default: the shipped weights")
-    parser.add_argument("--also", nargs="*", help="other runs, a row each in the ablation")
+    parser.add_argument("--also", nargs="*", type=Path, help="other runs, a row each in the "
+                        "ablation")
     parser.add_argument("--n", type=int, help="prompts (default: 50, 16 with --quick)")
     parser.add_argument("--which", choices=("jam", "base", "control"), default="jam",
                         help="the model that `generate` samples")

@@ -37,7 +37,8 @@ def report_errors(main):
     little memory ends as one line on stderr and exit code 2, Ctrl-C as one line and a shell's
     usual 130."""
     script = Path(sys.argv[0]).name
-    sys.stdout.reconfigure(errors="backslashreplace")       # names of files may be any bytes
+    if hasattr(sys.stdout, "reconfigure"):          # (a notebook's has not)
+        sys.stdout.reconfigure(errors="backslashreplace")   # names of files may be any bytes
     try:
         main()
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
@@ -60,7 +61,8 @@ def write_file(path, save):
     path = Path(path)
     if not path.parent.is_dir():
         raise ValueError(f"{path.parent}: no such folder to write {path.name} into")
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    # (resolved: imageio would take link/.. for nothing)
+    temporary = path.parent.resolve() / f".{path.stem}.{os.getpid()}.part{path.suffix}"
     try:
         save(temporary)
         os.replace(temporary, path)
@@ -1136,9 +1138,8 @@ def render_flow(raft, path, chunk=16):
         yield rgb[-1]                               # the last one is repeated
 
     def save(temporary):
-        iio.imwrite(temporary.absolute(), pictures(), is_batch=True, plugin="FFMPEG",
-                    fps=meta["fps"], macro_block_size=2, output_params=["-crf", "12"],
-                    ffmpeg_log_level="quiet")
+        iio.imwrite(temporary, pictures(), is_batch=True, plugin="FFMPEG", fps=meta["fps"],
+                    macro_block_size=2, output_params=["-crf", "12"], ffmpeg_log_level="quiet")
         check_video(temporary, count // (width * height) + 1)
 
     pairs = max(1, round(meta["duration"] * meta["fps"]) - 1)

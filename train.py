@@ -969,7 +969,7 @@ def train_tae(run):
 
         def clips(motion):
             for start in range(0, 256, few):
-                video, _, extra, _ = world.training(range(start, start + few))
+                video, _, extra, _ = world.training(range(start, min(start + few, 256)))
                 video = video.to(run.device)
                 yield world.motion(video, extra) if motion else video
 
