@@ -72,6 +72,7 @@ DEFAULTS = {
 }
 VERSION = 8                             # of a run's folder: raised when old runs cannot go on
 SHARD = 256                             # clips in a file of latents
+BASIS_CLIPS = 256                       # that the TAE's basis is fitted on
 CHECKPOINT_SECONDS = 60                 # between two; or 20 times what one takes to write
 T_BINS = 5                              # losses are reported apart for t in [0, .2), [.2, .4), ...
 BAD_STEPS = 10                          # so many not finite in a row end the run
@@ -968,8 +969,9 @@ def train_tae(run):
         few = batch // ranks() // run.args.accumulate   # clips that have fitted in training
 
         def clips(motion):
-            for start in range(0, 256, few):
-                video, _, extra, _ = world.training(range(start, min(start + few, 256)))
+            for start in range(0, BASIS_CLIPS, few):
+                places = range(start, min(start + few, BASIS_CLIPS))
+                video, _, extra, _ = world.training(places)
                 video = video.to(run.device)
                 yield world.motion(video, extra) if motion else video
 

@@ -31,6 +31,7 @@ def tiny():
         patch.setitem(train.PRESETS, "tiny", TINY)
         patch.setitem(train.DEFAULTS, "tiny", stages)
         patch.setattr(train, "SHARD", 16)
+        patch.setattr(train, "BASIS_CLIPS", 32)
         yield
 
 
@@ -141,7 +142,7 @@ def test_the_average_follows_the_weights_and_the_tae_gets_its_basis(finished):
     tae.load_state_dict(torch.load(finished / "tae.pt")["state"])
     assert equal(dict(tae.named_parameters()), state["ema"])
     assert not torch.equal(tae.mean[0], tae.mean[1])
-    for motion, clips in enumerate(clips_of(range(256))[:2]):
+    for motion, clips in enumerate(clips_of(range(train.BASIS_CLIPS))[:2]):
         latent = tae.encode(clips, bool(motion)).detach().transpose(0, 1).flatten(1)
         torch.testing.assert_close(latent.mean(1), torch.zeros(4), atol=.05, rtol=0)
         assert latent.std() == pytest.approx(1, abs=.05)
