@@ -823,11 +823,12 @@ def optimize(run, stage, model, load, loss_of, preview, stream, settings):
         raise ValueError(f"{stage}: a batch of {batch} does not divide into {ranks()} processes x "
                          f"{args.accumulate} parts (--batch, --accumulate)")
     local, each = batch // ranks(), batch // ranks() // args.accumulate
+    compiled = args.compile and isinstance(model, DiT)
     say(f"{stage}: {steps} steps, lr {lr:g}, batch {batch} = {ranks()} processes x "
         f"{args.accumulate} x {each}, "
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {run.device}, "
         f"{str(args.precision)[6:]}, "
-        f"{'compiled' if args.compile and isinstance(model, DiT) else 'not compiled'}"
+        f"{'compiled' if compiled else 'not compiled'}"
         + "".join(f", {name} {value}" for name, value in settings.items() if value is not None))
     weights = dict(model.train().named_parameters())
     average = {name: weight.detach().clone() for name, weight in weights.items()}
@@ -889,7 +890,8 @@ def optimize(run, stage, model, load, loss_of, preview, stream, settings):
                 raise ValueError(
                     f"{stage}: {BAD_STEPS} steps in a row are not finite, from step {first_bad} on"
                     + (f", t from {t.min():.3f} to {t.max():.3f}" if t is not None else "")
-                    + f"; the last checkpoint is of step {kept['step'] if kept else 0}")
+                    + f"; the last checkpoint is of step {kept['step'] if kept else 0}"
+                    + "; try --no-compile" * (compiled and first_bad == first + 1))
             show = step == steps or step % max(1, steps // 5) == 0
             stop, late = agreed(run.device, bool(stopped), time.time() - saved > CHECKPOINT_SECONDS)
             if (step % every == 0 or show or stop) and recent:

@@ -432,8 +432,13 @@ class DiT(nn.Module):
 
     def compile_blocks(self):
         """One compiled graph for all blocks: training on a CPU is twice as fast."""
+        # by itself GCC tunes for the CPU. GCC 12 does not know newer Xeons, tunes for none, and then
+        # transposes bf16 wrongly in its 512-bit code: gradients are NaN
+        avx512 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_f")
+        known = "cpp.march" in torch._inductor.list_options()
+        options = {"cpp.march": "skylake-avx512"} if avx512 and known else None
         for layer in [*self.blocks, *self.text.layers]:
-            layer.compile()
+            layer.compile(options=options)
 
     def forward(self, x, t, tokens):
         c, (T, H, W) = self.config, x.shape[2:]

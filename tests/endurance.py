@@ -1,5 +1,6 @@
 """What takes too long for the suite, and prints what it measures: pytest -s tests/endurance.py"""
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -14,14 +15,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, randomised
 from test_flow import torchvision_raft
 from test_train import checkpoint, command, content, equal, flags, rows
 
 import flow as flow_script
 import train
 from bench import warp
-from flow import HELD_OUT, RAFT, estimate_flow, sprite_clips
+from flow import HELD_OUT, RAFT, autocast, estimate_flow, sprite_clips
+from videojam import PRESETS, DiT, flow_matching_loss, tokenize
 
 STAGES = [stage for stage in train.STAGES if stage != "encode"]      # those that have weights
 
@@ -157,6 +159,28 @@ def test_memory_is_flat_over_1000_clips(tmp_path):
     print(f"\n1,000 clips of 640 x 480 in {time.time() - start:.0f} s; memory after 100, 500 and "
           f"1,000: {seen[9]:.0f}, {seen[49]:.0f}, {seen[99]:.0f} MB")
     assert np.median(seen[-20:]) < np.median(seen[10:30]) + 50        # all clips kept: 150 MB more
+
+
+@pytest.mark.skipif(not train.can_compile(torch.device("cpu")), reason="no C++ compiler")
+def test_compiled_blocks_have_the_gradients_of_plain_ones():
+    """In the dtype and the widths that `train.py` takes here: a compiler's mistakes depend on both,
+    and on the CPU."""
+    config = dataclasses.replace(PRESETS["toy"].dit, depth=1, text_depth=1)
+    x1, y = torch.randn(4, 16, 4, 8, 8), tokenize(["a red square moves left", "", "a", "a star"])
+    gradients = []
+    for compiled in (False, True):
+        dit = randomised(DiT(config), std=.05)
+        if compiled:
+            dit.compile_blocks()
+        with autocast("cpu"):
+            loss = flow_matching_loss(dit, x1, y, generator=torch.Generator().manual_seed(0))
+        loss.backward()
+        gradients.append({name: weight.grad for name, weight in dit.named_parameters()})
+    errors = {name: (gradients[1][name] - plain).norm() / plain.norm()
+              for name, plain in gradients[0].items()}
+    worst = max(errors, key=errors.get)
+    print(f"\ngradients, compiled against plain: {max(errors.values()):.1%} at most ({worst})")
+    assert all(error < .05 for error in errors.values())                # (NaN is not below)
 
 
 def test_2000_files_of_which_one_in_ten_is_broken(tmp_path, monkeypatch, run):
