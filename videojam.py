@@ -85,9 +85,8 @@ class Upsample(nn.Module):
 
     def forward(self, x):
         time, space = self.stride
-        B, T, H, W, C = x.shape
-        x = x[:, :, None, :, None, :, None].expand(B, T, time, H, space, W, space, C)
-        return self.conv(x.reshape(B, T * time, H * space, W * space, C))
+        x = F.interpolate(x.permute(0, 4, 1, 2, 3), scale_factor=(time, space, space))
+        return self.conv(x.permute(0, 2, 3, 4, 1))
 
 
 class TAE(nn.Module):
@@ -186,7 +185,7 @@ def tae_loss(tae, video, mse_weight=3., kl_weight=1e-5, outlier_weight=1e-2, r=3
     centre = mean.mean((1, 2, 3), keepdim=True)
     spread = mean.std((1, 2, 3), keepdim=True).norm(dim=-1)
     outliers = F.relu((mean - centre).norm(dim=-1) - r * spread).mean()
-    return (error.abs().mean() + mse_weight * error.square().mean()
+    return ((error.abs() + mse_weight * error.square()).mean()
             + kl_weight * kl + outlier_weight * outliers)
 
 
