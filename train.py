@@ -53,7 +53,7 @@ from tqdm import tqdm
 from flow import (HELD_OUT, RAFT, ROOT, autocast, check_video, estimate_flow, fast_dtype,
                   flow_to_rgb, optimizers, read_file, refuse_changes, report_errors, sprite_clips,
                   write_file, write_tensors, write_text)
-from videojam import (FOLD, PRESETS, TAE, DiT, VideoJAM, cut, initialize, read_bundle,
+from videojam import (FOLD, PAD, PRESETS, TAE, DiT, VideoJAM, cut, initialize, read_bundle,
                       squared_errors, tae_loss, tokenize, widen)
 
 STAGES = ("tae", "encode", "base", "jam", "control")
@@ -1102,6 +1102,7 @@ def train_dit(run, stage):
     if long := sum(cut(caption, most) != caption for caption in latents.captions):
         say(f"{stage}: {long} captions of more than {most} bytes are cut")
     clips, batch = len(latents.captions), run.setting(stage)[2]
+    longest = max(tokenize([caption], most).shape[1] for caption in set(latents.captions))
     model = distribute(model, run)
     if read and run.last(stage)[0] is None:
         begin_from(model, read, C, add_motion=motion and which == "base")
@@ -1110,7 +1111,9 @@ def train_dit(run, stage):
 
     def load(step, places):
         indices = torch.randint(clips, (batch,), generator=generator(run.args.seed, stream, step))
-        return latents.batch(indices[places.start:places.stop].tolist(), model.config.max_bytes)
+        x, d, y = latents.batch(indices[places.start:places.stop].tolist(), most)
+        # of one length in all steps: one compilation, where others took a minute now and then
+        return x, d, F.pad(y, (0, longest - y.shape[1]), value=PAD)
 
     def loss_of(data, rows, draws):
         x1, d1, y = (part[rows.start:rows.stop].to(run.device) for part in data)

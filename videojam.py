@@ -338,8 +338,6 @@ class TextEncoder(nn.Module):
         x = self.fold((self.embed(tokens) * visible[..., None]).view(B, L // FOLD, -1))
         mask = visible.view(B, L // FOLD, FOLD).any(2)[:, None, None, :]
         rope = rope_table((L // FOLD,), self.head_dim, tokens.device)
-        for tensor, axis in ((x, 1), (mask, 3), (rope[0], 0), (rope[1], 0)):
-            torch._dynamo.maybe_mark_dynamic(tensor, axis)      # one compilation for all lengths
         for layer in self.layers:
             x = layer(x, mask, rope)
         return rms_norm(x), mask
@@ -431,8 +429,8 @@ class DiT(nn.Module):
 
     def compile_blocks(self):
         """One compiled graph for all blocks: training on a CPU is twice as fast."""
-        # by itself GCC tunes for the CPU. GCC 12 does not know newer Xeons, tunes for none, and then
-        # transposes bf16 wrongly in its 512-bit code: gradients are NaN
+        # left alone, GCC tunes for the CPU; GCC 12 does not know newer Xeons, tunes for none, and
+        # its 512-bit code then transposes bf16 wrongly: gradients are NaN
         avx512 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_f")
         known = "cpp.march" in torch._inductor.list_options()
         options = {"cpp.march": "skylake-avx512"} if avx512 and known else None
@@ -446,7 +444,6 @@ class DiT(nn.Module):
             raise ValueError(f"DiT takes (B, {channels}, T, H, W), H and W multiples of {c.patch}, "
                              f"got {tuple(x.shape)}")
         text, mask = self.text(tokens)
-        torch._dynamo.maybe_mark_dynamic(text, 1)
         t = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x))
         angles = 1000 * t[:, None] * 1e4 ** -(torch.arange(128, device=x.device) / 128)
         emb = self.time(torch.cat([angles.cos(), angles.sin()], 1))                 # (B, width)
