@@ -276,6 +276,20 @@ def test_the_learning_rate_is_constant_then_falls_linearly_to_the_last_step(fini
     np.testing.assert_allclose(lr, [2e-3 / 3] + [1e-3] * 6 + [5e-3 / 6, 3e-3 / 6, 1e-3 / 6])
 
 
+def test_captions_have_one_length_in_all_steps(finished, tmp_path, run, quick, monkeypatch):
+    out, original, shapes = begun(finished, tmp_path / "run", "base"), train.squared_errors, set()
+
+    def seen(model, z1, y, *rest, **options):
+        shapes.add(y.shape)
+        return original(model, z1, y, *rest, **options)
+
+    monkeypatch.setattr(train, "squared_errors", seen)
+    assert run(train.main, *flags(out, "--stage", "base", "--steps", "20"))[0] == 0
+    captions = Latents(out / "latents").captions
+    lengths = {tokenize([caption], TINY.dit.max_bytes).shape[1] for caption in captions}
+    assert len(lengths) > 1 and [shape[1] for shape in shapes] == [max(lengths)]
+
+
 def test_a_stage_that_was_stopped_is_refused_by_the_next_and_not_exported(
         finished, tmp_path, refuses, run, quick):
     out = begun(finished, tmp_path / "run", "jam")
