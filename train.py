@@ -1112,7 +1112,7 @@ def train_dit(run, stage):
     def load(step, places):
         indices = torch.randint(clips, (batch,), generator=generator(run.args.seed, stream, step))
         x, d, y = latents.batch(indices[places.start:places.stop].tolist(), most)
-        # of one length in all steps: one compilation, where others took a minute now and then
+        # of one length in all steps, so that nothing is compiled again in the middle
         return x, d, F.pad(y, (0, longest - y.shape[1]), value=PAD)
 
     def loss_of(data, rows, draws):
