@@ -113,12 +113,17 @@ def refuse_changes(path, before, settings, remedy="take another --out"):
         raise ValueError(f"{path} was begun with {changed}: {remedy}")
 
 
+def cpu_capabilities():
+    """{name of an instruction set: whether this CPU has it}; empty where torch (2.11) can't tell."""
+    return getattr(torch.cpu, "get_capabilities", dict)()
+
+
 def fast_dtype(device):
     """bf16 where the device multiplies it faster than fp32: GPUs, and CPUs that have instructions
     for it. Elsewhere fp32, which is two to four times as fast there."""
     if torch.device(device).type != "cpu":
         return torch.bfloat16
-    has = getattr(torch.cpu, "get_capabilities", dict)()            # (torch 2.11 does not tell)
+    has = cpu_capabilities()
     return torch.bfloat16 if has.get("amx_bf16") or has.get("avx512_bf16") else torch.float32
 
 

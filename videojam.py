@@ -21,7 +21,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from flow import ROOT, autocast, read_file, write_tensors
+from flow import ROOT, autocast, cpu_capabilities, read_file, write_tensors
 
 # ---------------------------------------------------------------- App. C: TAE (Movie Gen's)
 
@@ -431,7 +431,7 @@ class DiT(nn.Module):
         """One compiled graph for all blocks: training on a CPU is twice as fast."""
         # left alone, GCC tunes for the CPU; GCC 12 does not know newer Xeons, tunes for none, and
         # its 512-bit code then transposes bf16 wrongly: gradients are NaN
-        avx512 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_f")
+        avx512 = cpu_capabilities().get("avx512_f")
         known = "cpp.march" in torch._inductor.list_options()
         options = {"cpp.march": "skylake-avx512"} if avx512 and known else None
         for layer in [*self.blocks, *self.text.layers]:
