@@ -114,7 +114,7 @@ def refuse_changes(path, before, settings, remedy="take another --out"):
 
 
 def cpu_capabilities():
-    """{name of an instruction set: whether this CPU has it}; empty where torch (2.11) can't tell."""
+    """{instruction set: whether this CPU has it}; empty where torch (2.11) does not tell."""
     return getattr(torch.cpu, "get_capabilities", dict)()
 
 
