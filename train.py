@@ -213,7 +213,8 @@ def read_clip(path, start, frames, fps, size):
         with contextlib.suppress(Exception):        # whatever the decoder says of a broken file
             _, *video = read_frames(
                 str(path), input_params=[*strict, "-ss", f"{(start - lead) / fps:.4f}"],
-                output_params=["-vf", filters, "-frames:v", str(frames)])
+                output_params=["-vf", filters, "-frames:v", str(frames),
+                               "-r", str(fps)])     # (up to 7.0 `trim` forgets it)
         if len(video) == frames:
             break
     else:
