@@ -13,6 +13,7 @@ motion that the prompt names: least squares over the scene's own physics, in px.
 """
 import argparse
 import base64
+import dataclasses
 import html
 import itertools
 import json
@@ -27,16 +28,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 from imageio_ffmpeg import read_frames
 from tqdm import tqdm
 
 from flow import (COLOURS, DIRECTIONS, HELD_OUT, RAFT, SHAPES, TRAVEL, TURNS, autocast, bouncing,
                   estimate_flow, fast_dtype, flow_to_rgb, optimizers, report_errors, rgb_to_flow,
                   signed_distance, sprite_clips, write_text)
-from train import (SUFFIXES, can_compile, device_of, flops_of, grid, read_lines, saved_bytes,
+from train import (SUFFIXES, can_compile, device_of, flops_of, grid, read_lines, recomputes,
                    say_cut, weights_of, write_video)
-from videojam import (VideoJAM, cut, euler_sample, linear_quadratic, noised, squared_errors,
-                      tokenize, velocity)
+from videojam import (PRESETS, TAE, DiT, VideoJAM, corrupted, cut, euler_sample, linear_quadratic,
+                      noised, squared_errors, tokenize, velocity)
 
 # ---------------------------------------------------------------- tracking a sprite
 
@@ -341,22 +343,24 @@ def mean_row(rows):
 class World:
     """What every experiment starts from: held-out clips, the bundle's models, and their samples."""
     def __init__(self, args):
-        self.args, self.raft, self.models = args, RAFT.load(), {}
+        self.args, self.device, self.models = args, device_of(args.device), {}
+        self.raft = RAFT.load().to(self.device)
         for which in ("jam", "base", "control"):
             try:
-                self.models[which] = VideoJAM.load(weights_of(args), which)
+                self.models[which] = VideoJAM.load(weights_of(args), which, self.device)
             except ValueError:
                 if which == "jam":
                     raise
                 print(f"{weights_of(args)}: no {which} model, its rows are left out")
                 continue
-            if can_compile(torch.device("cpu")):
+            if self.device.type == "cpu" and can_compile(self.device):  # (a GPU is done before)
                 self.models[which].dit.compile_blocks()
         self.config, self.tae = self.models["jam"].config, self.models["jam"].tae
         self.video, self.flow, self.captions, self.scenes = held_out_clips(
             args.n, self.config.frames, self.config.size)
         self.done = {}
-        self.also = {run: VideoJAM.load(run / "model.pt") for run in args.also or ()}
+        self.also = {run: VideoJAM.load(run / "model.pt", device=self.device)
+                     for run in args.also or ()}
 
     def sample(self, which="jam", **options):
         """Video and RGB motion for the prompts (--seeds times all of them, one after the other);
@@ -364,9 +368,10 @@ class World:
         key = which, *sorted(options.items())
         if key not in self.done:
             defaults = {"steps": self.args.steps, "w1": self.args.w1, "w2": self.args.w2}
-            self.done[key] = (self.models | self.also)[which].generate(
+            made = (self.models | self.also)[which].generate(
                 self.captions * self.args.seeds, seed=HELD_OUT, batch=50,
                 progress=f"{which} {options or ''}", **{**defaults, **options})
+            self.done[key] = tuple(None if part is None else part.cpu() for part in made)
         return self.done[key]
 
     def rgb(self, flow):
@@ -374,16 +379,17 @@ class World:
 
     @torch.no_grad()
     def latents(self, video, flow):
-        """Latents x1, d1 of clips and of their flow, and noise x0, d0 for them."""
-        x1, d1 = self.tae.encode(video), self.tae.encode(self.rgb(flow), True)
+        """Latents x1, d1 of clips and of their flow, and noise x0, d0 for them, on the device."""
+        x1 = self.tae.encode(video.to(self.device))
+        d1 = self.tae.encode(self.rgb(flow.to(self.device)), True)
         generator = torch.Generator().manual_seed(HELD_OUT)
-        return x1, d1, *(torch.randn(x1.shape, generator=generator) for _ in range(2))
+        return x1, d1, *(torch.randn(x1.shape, generator=generator).to(x1) for _ in range(2))
 
     @torch.no_grad()
     def coded(self, video, motion=False):
         """Video, or RGB flow, through the TAE: the ceiling of what a DiT can reach."""
-        return torch.cat([self.tae.decode(self.tae.encode(v, motion), motion, self.config.frames)
-                          for v in video.split(50)])
+        return torch.cat([self.tae.decode(self.tae.encode(v.to(self.device), motion), motion,
+                                          self.config.frames).cpu() for v in video.split(50)])
 
     @property
     def ceilings(self):
@@ -434,7 +440,7 @@ def motivation(world):
     config, n = world.config, min(world.args.n, 64)
     seeds, rng = [scene["seed"] for scene in world.scenes[:n]], np.random.default_rng(0)
     orders = [rng.permutation(config.frames) for _ in seeds]
-    y = tokenize(world.captions[:n], config.dit.max_bytes)
+    y = tokenize(world.captions[:n], config.dit.max_bytes).to(world.device)
     clips = [world.latents(*sprite_clips(seeds, config.frames, config.size, 0, order)[:2])
              for order in (None, orders)]
     times, steps = linear_quadratic(100), range(0, 100, 1 if world.args.steps >= 100 else 5)
@@ -446,13 +452,13 @@ def motivation(world):
         for k in tqdm(steps, desc=f"motivation {which}"):
             losses = []
             for x1, d1, x0, d0 in clips:
-                t = times[k].expand(n)
+                t = times[k].expand(n).to(world.device)
                 z = noised(x1, x0, t)
                 if dit.config.motion:
                     z = torch.cat([z, given * noised(d1, d0, t)], 1)
-                with torch.no_grad(), autocast("cpu"):
+                with torch.no_grad(), autocast(world.device):
                     u = dit(z, t, y)[:, :C]
-                losses.append((u - velocity(x1, x0)).square().flatten(1).mean(1))
+                losses.append((u - velocity(x1, x0)).square().flatten(1).mean(1).cpu())
             gaps.append((losses[1] / losses[0] - 1).numpy())
         curves[which] = steps, [interval(gap) for gap in gaps]
         flat = np.mean([high <= .02 for k, (_, _, high) in zip(*curves[which]) if k <= 60])
@@ -489,10 +495,11 @@ def compare(world):
     for name, (video, motion) in videos.items():
         metrics, apart = [], []
         for i, clip in enumerate(tqdm(video[:some], desc=f"flow of {name}")):
+            clip = clip.to(world.device)
             seen = estimate_flow(world.raft, clip[None])[0]
             metrics.append(vbench(clip, config.fps, world.raft, seen if config.fps == 8 else None))
             if motion is not None:
-                told = rgb_to_flow(motion[i], config.sigma)
+                told = rgb_to_flow(motion[i].to(world.device), config.sigma)
                 moving = (told.norm(dim=1) > .3) | (seen.norm(dim=1) > .3)
                 apart.append((told - seen).norm(dim=1)[moving].mean().item()
                              if moving.any() else None)
@@ -550,10 +557,11 @@ def ablation(world):
 def sdedit(world):
     """App. B, Fig. 8: clips noised to steps 20, 60, 80 of 100 and sampled on from there."""
     n, args, table = min(world.args.n, world.args.few), world.args, []
-    video, flow = world.video[:n], world.flow[:n]
-    y, times = tokenize(world.captions[:n], world.config.dit.max_bytes), linear_quadratic(100)
+    video, flow = (part[:n].to(world.device) for part in (world.video, world.flow))
+    y = tokenize(world.captions[:n], world.config.dit.max_bytes).to(world.device)
+    times = linear_quadratic(100).to(world.device)
     x1, d1, x0, d0 = world.latents(video, flow)
-    truth, shown = F.avg_pool2d(flow.flatten(0, 1), 8), [("the clip", video[:8])]
+    truth, shown = F.avg_pool2d(flow.flatten(0, 1), 8), [("the clip", world.video[:8])]
 
     def row(name, t, edited):
         seen = torch.cat([estimate_flow(world.raft, v) for v in edited.split(8)])
@@ -561,15 +569,15 @@ def sdedit(world):
         cosine = F.cosine_similarity(coarse.flatten(1), truth.flatten(1))
         table.append([name, t, cell(cosine.view(n, -1).mean(1).tolist()),
                       cell((edited - video).abs().flatten(1).mean(1).tolist())])
-        shown.append((name, edited[:8]))
+        shown.append((name, edited[:8].cpu()))
 
     row("the clip itself, by RAFT", "1", video)
-    row("through the TAE", "1", world.coded(video))
+    row("through the TAE", "1", world.coded(video).to(world.device))
     for which in ("base", "jam"):
         for start in (0, 20, 60, 80) if which in world.models else ():
             dit, t = world.models[which].dit, times[start].expand(n)
             x, d = noised(x1, x0, t), noised(d1, d0, t) if dit.config.motion else None
-            with autocast("cpu"):
+            with autocast(world.device):
                 x, _ = euler_sample(dit, x, d, y, times[start:], args.w1, args.w2,
                                     "cfg" if d is None else "inner",
                                     motion_steps=max(0, 50 - start),
@@ -607,7 +615,9 @@ def metrics(args):
     prompt file, of its prompts alone."""
     if len(args.paths) not in (1, 2):
         raise ValueError("metrics takes a folder of videos, and a prompt file if you like")
-    paths, raft, rows, skipped, missing = videos_of(args.paths[0]), RAFT.load(), {}, 0, 0
+    paths, rows, skipped, missing = videos_of(args.paths[0]), {}, 0, 0
+    device = device_of(args.device)
+    raft = RAFT.load().to(device)
     if len(args.paths) == 2:
         wanted = {file_stem(prompt) for prompt in read_lines(args.paths[1])}
         missing = len(wanted - {prompt_of(path) for path in paths})
@@ -622,7 +632,7 @@ def metrics(args):
                     .view(1, height, width, 3).permute(0, 3, 1, 2)
                 frames.append(F.interpolate(frame, (args.size, args.size), mode="bilinear",
                                             antialias=True) if args.size else frame)
-            video = torch.cat(frames) / 255
+            video = torch.cat(frames).to(device) / 255
         except Exception:                   # whatever the decoder says of a broken file
             tqdm.write(f"skipped {path.name}: it cannot be decoded")
             skipped += 1
@@ -664,36 +674,40 @@ def generate(args):
 
 # ---------------------------------------------------------------- python bench.py speed
 
-def median_time(function, device, repeats=7):
+def median_time(function, device, repeats=7, warm=2):
     times = []
-    for _ in range(repeats + 2):
+    for _ in range(warm + repeats):
         start = time.perf_counter()
         function()
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return float(np.median(times[2:]))
+    return float(np.median(times[warm:]))
 
 
 def speed(args):
-    """Each part's time and FLOPs, and what share it reaches of the rate of a matrix product that
-    is measured in the same run and precision (bf16 where the device is fast at it)."""
-    device = device_of(args.device)
-    base, jam = (VideoJAM.load(weights_of(args), which, device) for which in ("base", "jam"))
-    preset, B = base.config, args.batch
-    shape = preset.latent_shape()
-    y = tokenize(["a red square moves left slowly"] * B).to(device)
-    product = torch.randn(4096, 4096, dtype=fast_dtype(device), device=device)
-    peak = 2 * 4096 ** 3 / median_time(lambda: product @ product, device)
+    """Each part's time and FLOPs at a preset's size, with random weights, and what share it reaches
+    of the rate of a matrix product that is measured in the same run and precision (bf16 where the
+    device is fast at it). FLOPs are the model's own: not the optimizers', not what is recomputed."""
+    device, preset, B = device_of(args.device), PRESETS[args.preset], args.batch
+    shape, y = preset.latent_shape(), tokenize(["a red square moves left slowly"] * B)
+    side = 4096 if device.type == "cpu" else 8192
+    product = torch.randn(side, side, dtype=fast_dtype(device), device=device)
+    peak = 2 * side ** 3 / median_time(lambda: product @ product, device)
+    configs = {which: dataclasses.replace(preset.dit, motion=which == "jam")
+               for which in ("base", "jam")}
 
-    def training(model):
-        optimizing = optimizers(model, 0.)
-        z = torch.randn(B, shape[0] * (1 + model.config.motion), *shape[1:], device=device)
+    def batch(config):
+        z1 = torch.randn(B, shape[0] * (1 + config.motion), *shape[1:])
+        return corrupted(z1, y, shape[0])
+
+    def training(dit):
+        optimizing, data = optimizers(dit, 0.), batch(dit.config)
 
         def gradients():
-            model.zero_grad()
+            dit.zero_grad()
             with autocast(device):
-                loss = squared_errors(model, z, y, shape[0])[1].mean()
+                loss = squared_errors(dit, *(part.to(device) for part in data)).mean()
             loss.backward()
 
         def step():
@@ -702,41 +716,57 @@ def speed(args):
                 optimizer.step()
         return step, gradients
 
-    def sampling(mode):
-        x = torch.randn(B, *shape, device=device)
-        return autocast(device)(
-            lambda: euler_sample(jam.dit, x, x, y, linear_quadratic(8), mode=mode))
+    def training_flops(config):
+        with torch.device("meta"):
+            dit = DiT(config)
+        data = [part.to("meta") for part in batch(config)]
+        return flops_of(lambda: squared_errors(dit, *data).mean().backward())
 
-    video = sprite_clips(range(8), preset.frames, preset.size)[0].to(device)
-    raft, small = RAFT.load().to(device), video[:1]
-    # what is timed, and what FLOPs are counted of: the model's own, not the optimizers'
-    steps = {"base": training(base.dit.train()), "jam": training(jam.dit.train())}
-    gradients = steps["base"][1]
-    steps["base, without the optimizers"] = gradients, gradients
-    parts = {"TAE, encode a clip": (autocast(device)(lambda: base.tae.encode(video)), len(video)),
-             "RAFT, a pair of frames": (lambda: estimate_flow(raft, small), preset.frames - 1)}
-    parts |= {f"sampling, {mode}, a step of {B} clips": (sampling(mode), 8)
+    def sampling(dit, mode):
+        x, text, times = torch.randn(B, *shape, device=device), y.to(device), linear_quadratic(4)
+        return autocast(device)(
+            lambda: euler_sample(dit, x, x, text, times.to(device), mode=mode))
+
+    with torch.device(device):
+        torch.manual_seed(0)
+        tae, dits = TAE(preset.tae), {which: DiT(config) for which, config in configs.items()}
+    for weight in itertools.chain(*(dit.parameters() for dit in dits.values())):
+        nn.init.normal_(weight, std=.02)            # (much of it is zero at first: faster to sum)
+    steps, flops = {}, {}
+    for which, dit in dits.items():
+        dit.recompute = recomputes(args.preset)
+        steps[which], gradients = training(dit.train())
+        flops[which] = training_flops(configs[which])
+        if which == "base":
+            steps["base, without the optimizers"] = gradients
+            flops["base, without the optimizers"] = flops[which]
+    clips = max(1, 2 ** 19 // (preset.frames * preset.size ** 2))       # 8 of the toy's
+
+    def render():
+        return sprite_clips(range(clips), preset.frames, preset.size)[0]
+
+    video, raft = render().to(device), RAFT.load().to(device)
+    parts = {"TAE, encode a clip": (autocast(device)(lambda: tae.encode(video)), clips),
+             "RAFT, a pair of frames": (lambda: estimate_flow(raft, video[:1]), preset.frames - 1)}
+    parts |= {f"sampling, {mode}, a step of {B} clips": (sampling(dits["jam"], mode), 4)
               for mode in ("none", "cfg", "inner")}
-    parts["a sprite clip, rendered"] = (lambda: sprite_clips(range(32))), 32
+    parts["a sprite clip, rendered"] = render, clips
     with torch.no_grad():
-        flops = {name: flops_of(function) / count for name, (function, count) in parts.items()}
-    flops |= {name: flops_of(counted) for name, (_, counted) in steps.items()}
-    kept, z = [], torch.randn(B, 2 * shape[0], *shape[1:], device=device)
-    for jam.dit.recompute in (True, False):                             # before it is compiled
-        with autocast(device):
-            kept.append(saved_bytes(lambda: squared_errors(jam.dit, z, y, shape[0])) / 1e6)
+        flops |= {name: flops_of(function) / count for name, (function, count) in parts.items()}
     if can_compile(device):
-        base.dit.compile_blocks(), jam.dit.compile_blocks()
-    for timed, _ in [*steps.values()] * 3:                              # compile, settle
+        for dit in dits.values():
+            dit.compile_blocks()
+    for timed in [*steps.values()] * 3:                                 # compile, settle
         timed()
-    times = [[median_time(timed, device, 1) for timed, _ in steps.values()]
-             for _ in range(9)]                                         # in turn
+    times = [[median_time(timed, device, 1, 0) for timed in steps.values()]
+             for _ in tqdm(range(9), "training steps, in turn")]
     rows = [(f"training step of {B} clips, {name}", seconds, flops[name])
             for name, seconds in zip(steps, np.median(times, 0))]
-    base.dit.eval(), jam.dit.eval()
+    for dit in dits.values():
+        dit.eval().zero_grad()
     with torch.no_grad():
         rows += [(name, median_time(function, device, 3) / count, flops[name])
-                 for name, (function, count) in parts.items()]
+                 for name, (function, count) in tqdm(parts.items(), "other parts")]
     result = {name: {"ms": 1e3 * seconds, "GFLOP": count / 1e9, "share": count / seconds / peak}
               for name, seconds, count in rows}
 
@@ -745,11 +775,9 @@ def speed(args):
     ratios = {"training step, jam / base": ms[trained + "jam"] / ms[trained + "base"],
               "sampling, inner / cfg": ms["sampling, inner" + each] / ms["sampling, cfg" + each],
               f"matrix product, {str(product.dtype)[6:]}, GFLOP/s": peak / 1e9,
-              "jam's activations kept for the backward pass, MB": kept[1],
-              "the same, blocks recomputed (--recompute), MB": kept[0],
               "threads": torch.get_num_threads()}
     if device.type == "cuda":
-        ratios["peak memory, GB"] = torch.cuda.max_memory_allocated() / 1e9
+        ratios["peak memory, both models in it, GB"] = torch.cuda.max_memory_allocated() / 1e9
     print(markdown((["", "ms", "GFLOP", "of the matrix product's rate"],
                     [[name, f"{r['ms']:.3g}", f"{r['GFLOP']:.3g}", f"{100 * r['share']:.0f} %"]
                      for name, r in result.items()])), "\n")
@@ -972,14 +1000,17 @@ def main():
                         "of them: a look")
     parser.add_argument("--size", type=int, help="metrics: resize videos to a square of this many "
                         "pixels a side first (the paper: 256)")
+    parser.add_argument("--preset", default="toy", help="size of the models of `speed`: one of "
+                        f"{', '.join(PRESETS)}")
     parser.add_argument("--batch", type=int, default=64, help="clips in a step of `speed`")
-    parser.add_argument("--device", help="of `speed` and `generate`; default: a GPU if there is "
-                        "one")
+    parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--out", type=Path, help="folder; default: runs/bench, or in it")
     args = parser.parse_intermixed_args()
     args.n = args.n if args.n is not None else 16 if args.quick else 50
     args.steps = args.steps if args.steps is not None else 25 if args.quick else 100
     args.few = 4 if args.quick else 24      # clips that RAFT, which is slow, looks at
+    if args.preset not in PRESETS:
+        raise ValueError(f"unknown preset {args.preset!r}: one of {', '.join(PRESETS)}")
     for name in ("n", "steps", "seeds", "size", "batch"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} must be positive, got {getattr(args, name)}")
@@ -997,7 +1028,7 @@ def main():
         for name in [args.experiment] if args.experiment else EXPERIMENTS:
             sections[name] = {**EXPERIMENTS[name](world), "command": command}
             report(args.out, sections, world.config.fps)
-        if not args.experiment and "base" in world.models:
+        if not args.experiment:
             speed(args)
 
 

@@ -53,8 +53,8 @@ from tqdm import tqdm
 from flow import (HELD_OUT, RAFT, ROOT, autocast, check_video, estimate_flow, fast_dtype,
                   flow_to_rgb, optimizers, read_file, refuse_changes, report_errors, sprite_clips,
                   write_file, write_tensors, write_text)
-from videojam import (FOLD, PAD, PRESETS, TAE, DiT, VideoJAM, cut, initialize, read_bundle,
-                      squared_errors, tae_loss, tokenize, widen)
+from videojam import (FOLD, PAD, PRESETS, TAE, DiT, VideoJAM, corrupted, cut, initialize,
+                      read_bundle, squared_errors, tae_loss, tokenize, widen)
 
 STAGES = ("tae", "encode", "base", "jam", "control")
 # preset -> stage -> (steps, learning rate, batch over all GPUs). encode's "steps" are clips of the
@@ -404,7 +404,7 @@ class Latents:
         self.skipped = {name: reason for content in contents
                         for name, reason in content["skipped"].items()}
         self.ends = np.cumsum([len(part) for part in captions])
-        self.open = functools.lru_cache(256)(self.open)         # each keeps a file open
+        self.open = functools.lru_cache(512)(self.open)         # each keeps a file open
 
     def open(self, shard, kind):
         path = self.folder / f"{self.shards[shard]}.{kind}.npy"
@@ -465,6 +465,12 @@ def device_of(name):
         if (device := torch.empty(0, device=name).device).type != "meta":
             return device
     raise ValueError(f"--device {name}: no such device, take cpu or cuda")
+
+
+def recomputes(preset):
+    """Whether a preset's blocks are recomputed in the backward pass: a clip's activations are too
+    many to keep (4b: 88 GB)."""
+    return preset in ("4b", "30b")
 
 
 def can_compile(device):
@@ -815,10 +821,10 @@ def optimize(run, stage, model, load, loss_of, preview, stream, settings):
     an exponential moving average (EMA) of the weights; a short warm-up, then a constant learning
     rate that falls to zero over the last 30% (a stage made longer goes back up).
 
-    load(step, places) -> the data of places in the batch, in a thread ahead of time;
-    loss_of(data, rows, draws) -> scalar loss, {name: (n,)} to report, of some rows of that data,
-    with a generator for each, from `stream`; preview(path, step) shows the average in a
-    checkpoint's folder; settings {name: value}: what a stage cannot go on without."""
+    load(step, places, draws) -> the data of places in the batch, in a thread ahead of time, with a
+    generator for each, from `stream`; loss_of(data, rows) -> scalar loss, {name: (n,)} to report,
+    of some rows of that data; preview(path, step) shows the average in a checkpoint's folder;
+    settings {name: value}: what a stage cannot go on without."""
     args, (steps, lr, batch) = run.args, run.setting(stage)
     if batch % (ranks() * args.accumulate):
         raise ValueError(f"{stage}: a batch of {batch} does not divide into {ranks()} processes x "
@@ -850,7 +856,11 @@ def optimize(run, stage, model, load, loss_of, preview, stream, settings):
     first = step
 
     places = range(rank() * local, (rank() + 1) * local)
-    ahead = Ahead(lambda step: load(step, places), range(step, steps), args.workers)
+
+    def read(step):
+        return load(step, places, [generator(args.seed, stream, step, place) for place in places])
+
+    ahead = Ahead(read, range(step, steps), args.workers)
     begun, saved, recent, bad, skipped = time.time(), time.time(), [], [], 0
     every = max(1, min(50, steps // 10))
     bar = tqdm(total=steps, initial=step, desc=stage, smoothing=.05, disable=rank() > 0)
@@ -864,11 +874,10 @@ def optimize(run, stage, model, load, loss_of, preview, stream, settings):
                 optimizer.param_groups[0]["lr"] = rate
             for part in range(args.accumulate):
                 rows = range(part * each, (part + 1) * each)
-                draws = [generator(args.seed, stream, step, places[row]) for row in rows]
                 with autocast(run.device, args.precision):
-                    loss, report = loss_of(data, rows, draws)
+                    loss, report = loss_of(data, rows)
                 (loss / args.accumulate).backward()
-                recent.append({k: v.detach().float().cpu().numpy() for k, v in report.items()})
+                recent.append({k: v.detach() for k, v in report.items()})
             norm = torch.nn.utils.clip_grad_norm_(weights.values(), 1.)
             norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
             if norm.isfinite():
@@ -896,6 +905,7 @@ def optimize(run, stage, model, load, loss_of, preview, stream, settings):
             show = step == steps or step % max(1, steps // 5) == 0
             stop, late = agreed(run.device, bool(stopped), time.time() - saved > CHECKPOINT_SECONDS)
             if (step % every == 0 or show or stop) and recent:
+                recent = [{k: v.float().cpu().numpy() for k, v in r.items()} for r in recent]
                 gathered = [recent]
                 if ranks() > 1:
                     gathered = [None] * ranks()
@@ -939,13 +949,14 @@ def train_tae(run):
         return say("tae: it is there already")
     world = run.world                       # opened here, not in a thread that reads ahead
 
-    def load(step, places):
-        return world.training([step * batch + place for place in places])
+    def load(step, places, draws):
+        video, _, extra, _ = world.training([step * batch + place for place in places])
+        return video, extra, draws
 
-    def loss_of(data, rows, draws):
-        video, _, extra, _ = data
-        video = video[rows.start:rows.stop].to(run.device)
-        clips = torch.cat([video, world.motion(video, extra[rows.start:rows.stop])])
+    def loss_of(data, rows):
+        video, extra, draws = (part[rows.start:rows.stop] for part in data)
+        video = video.to(run.device)
+        clips = torch.cat([video, world.motion(video, extra)])
         loss = tae_loss(tae, clips, generator=draws + draws)
         return loss, {"loss": loss[None]}
 
@@ -1110,18 +1121,18 @@ def train_dit(run, stage):
     # the control's draws are jam's: the same clips, noise of x, times and dropped prompts
     stream = "base" if stage == "base" else "fine-tuning"
 
-    def load(step, places):
+    def load(step, places, draws):      # noise too: a GPU would wait for the CPU to draw it
         indices = torch.randint(clips, (batch,), generator=generator(run.args.seed, stream, step))
         x, d, y = latents.batch(indices[places.start:places.stop].tolist(), most)
         # of one length in all steps, so that nothing is compiled again in the middle
-        return x, d, F.pad(y, (0, longest - y.shape[1]), value=PAD)
+        y = F.pad(y, (0, longest - y.shape[1]), value=PAD)
+        return corrupted(torch.cat([x, d], 1) if motion else x, y, C, uniform=run.args.uniform_t,
+                         shift=run.args.t_shift, generator=draws,
+                         motion_dropout=run.args.motion_dropout)
 
-    def loss_of(data, rows, draws):
-        x1, d1, y = (part[rows.start:rows.stop].to(run.device) for part in data)
-        z1 = torch.cat([x1, d1], 1) if motion else x1
-        t, errors = squared_errors(model, z1, y, C, uniform=run.args.uniform_t,
-                                   shift=run.args.t_shift, generator=draws,
-                                   motion_dropout=run.args.motion_dropout)
+    def loss_of(data, rows):
+        t, z_t, y, v = (part[rows.start:rows.stop].to(run.device) for part in data)
+        errors = squared_errors(model, t, z_t, y, v)
         report = {"t": t, "loss_x": errors[:, :C].mean(1)}
         if motion:
             report["loss_d"] = errors[:, C:].mean(1)
@@ -1301,7 +1312,7 @@ def parse():
     if args.compile is None:
         args.compile = can_compile(args.device)
     if args.recompute is None:
-        args.recompute = args.preset in ("4b", "30b")
+        args.recompute = recomputes(args.preset)
     args.precision = {"bf16": torch.bfloat16, "fp32": torch.float32,
                       None: fast_dtype(args.device)}[args.precision]
     return args

@@ -488,14 +488,13 @@ def drop(batch, p, empty, generator=None):
     return torch.where(coin.view(-1, *[1] * (batch.ndim - 1)), empty, batch)
 
 
-def squared_errors(model, z1, y, C, null=None, text_dropout=.3, motion_dropout=.2, uniform=False,
-                   shift=1., generator=None):
-    """|u(z_t, y, t) - v|^2 of a batch: the integrand of Eq. 3 (C channels) and of Eq. 6 (2C).
+def corrupted(z1, y, C, null=None, text_dropout=.3, motion_dropout=.2, uniform=False, shift=1.,
+              generator=None):
+    """What a model is given of a batch, and what it should say: t (B,), z_t, y and the velocity v.
     z1 (B, C or 2C, ...): x1, or [x1, d1]; y any tensor with a batch axis, null what stands for no
     text (ours by default); generator: one, or one for each sample (see `draw`). Text is dropped for
     30% of the samples and, independently, the noised motion for 20% (set to zero; its target stays,
-    so that motion is guessed from appearance alone). Returns t (B,) and the errors, averaged over
-    positions, (B, C or 2C)."""
+    so that motion is guessed from appearance alone)."""
     precise = torch.promote_types(z1.dtype, torch.float32)      # latents may be bf16, t may not
 
     def noise(z):
@@ -511,13 +510,18 @@ def squared_errors(model, z1, y, C, null=None, text_dropout=.3, motion_dropout=.
     if z1.shape[1] > C:
         x_t, d_t = z_t.split(C, 1)
         z_t = torch.cat([x_t, drop(d_t, motion_dropout, torch.zeros_like(d_t), generator)], 1)
-    u = model(z_t.to(z1.dtype), t, y)
-    return t, (u - velocity(z1, z0)).square().flatten(2).mean(2)
+    return t, z_t.to(z1.dtype), y, velocity(z1, z0)
+
+
+def squared_errors(model, t, z_t, y, v):
+    """|u(z_t, y, t) - v|^2 of what `corrupted` gives: the integrand of Eq. 3 (C channels) and of
+    Eq. 6 (2C), averaged over positions, (B, C or 2C)."""
+    return (model(z_t, t, y) - v).square().flatten(2).mean(2)
 
 
 def flow_matching_loss(model, x1, y, null=None, **options):
     """Eq. 3, as the mean over batch, channels and positions. x1 (B, C, ...)."""
-    return squared_errors(model, x1, y, x1.shape[1], null, **options)[1].mean()
+    return squared_errors(model, *corrupted(x1, y, x1.shape[1], null, **options)).mean()
 
 
 # ---------------------------------------------------------------- Sec. 4.2: joint representation
@@ -571,7 +575,7 @@ def widen_output(layer, C, channel_last):
 def joint_loss(model, x1, d1, y, null=None, **options):
     """Eq. 6: u^+ = [u^x, u^d] against v^+, one t for both. x1, d1 (B, C, ...) -> the mean."""
     z1 = torch.cat([x1, d1], 1)
-    return squared_errors(model, z1, y, x1.shape[1], null, **options)[1].mean()
+    return squared_errors(model, *corrupted(z1, y, x1.shape[1], null, **options)).mean()
 
 
 # ---------------------------------------------------------------- Sec. 4.3: guidance (Eq. 7-8)

@@ -13,6 +13,13 @@ torch.set_num_threads(1)            # tiny tensors: more threads only wait for e
 from flow import report_errors                                                      # noqa: E402
 from videojam import TAE, DiT, DiTConfig, Preset, TAEConfig, VideoJAM               # noqa: E402
 
+
+def pytest_configure(config):
+    """The suite is about the CPU's numbers, to the bit; a GPU's are endurance.py's."""
+    if not any("endurance" in argument for argument in config.args):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 # 5 frames of 16 px -> latents (4, 3, 4, 4): the last latent frame covers one spurious video frame
 TINY = Preset(5, 16, 8, TAEConfig(4, 2, (8, 8), ((2, 2),), 1),
               DiTConfig(4, 2, 24, 2, 2, 32, 64, 1, max_bytes=24))

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -17,13 +18,14 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, TINY, randomised
 from test_flow import torchvision_raft
-from test_train import checkpoint, command, content, equal, flags, rows
+from test_train import at_once, checkpoint, checkpoints, command, content, equal, flags, rows
 
 import flow as flow_script
 import train
 from bench import warp
-from flow import HELD_OUT, RAFT, autocast, estimate_flow, sprite_clips
-from videojam import PRESETS, DiT, flow_matching_loss, tokenize
+from flow import HELD_OUT, RAFT, autocast, estimate_flow, flow_to_rgb, sprite_clips
+from videojam import (GUIDANCE, PRESETS, TAE, DiT, flow_matching_loss, guided_velocity, joint_loss,
+                      tokenize)
 
 STAGES = [stage for stage in train.STAGES if stage != "encode"]      # those that have weights
 
@@ -161,18 +163,24 @@ def test_memory_is_flat_over_1000_clips(tmp_path):
     assert np.median(seen[-20:]) < np.median(seen[10:30]) + 50        # all clips kept: 150 MB more
 
 
-@pytest.mark.skipif(not train.can_compile(torch.device("cpu")), reason="no C++ compiler")
-def test_compiled_blocks_have_the_gradients_of_plain_ones():
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@pytest.mark.parametrize("device", (
+    pytest.param("cpu", marks=pytest.mark.skipif(not train.can_compile(torch.device("cpu")),
+                                                 reason="no C++ compiler")),
+    pytest.param("cuda", marks=gpu)))
+def test_compiled_blocks_have_the_gradients_of_plain_ones(device):
     """In the dtype and the widths that `train.py` takes here: a compiler's mistakes depend on both,
     and on the CPU."""
     config = dataclasses.replace(PRESETS["toy"].dit, depth=1, text_depth=1)
     x1, y = torch.randn(4, 16, 4, 8, 8), tokenize(["a red square moves left", "", "a", "a star"])
-    gradients = []
+    x1, y, gradients = x1.to(device), y.to(device), []
     for compiled in (False, True):
-        dit = randomised(DiT(config), std=.05)
+        dit = randomised(DiT(config), std=.05).to(device)
         if compiled:
             dit.compile_blocks()
-        with autocast("cpu"):
+        with autocast(device):
             loss = flow_matching_loss(dit, x1, y, generator=torch.Generator().manual_seed(0))
         loss.backward()
         gradients.append({name: weight.grad for name, weight in dit.named_parameters()})
@@ -181,6 +189,57 @@ def test_compiled_blocks_have_the_gradients_of_plain_ones():
     worst = max(errors, key=errors.get)
     print(f"\ngradients, compiled against plain: {max(errors.values()):.1%} at most ({worst})")
     assert all(error < .05 for error in errors.values())                # (NaN is not below)
+
+
+@gpu
+def test_a_gpu_computes_what_the_cpu_does(monkeypatch):
+    """The models, in fp32; gradients and all guidance modes too."""
+    monkeypatch.setattr(flow_script, "fast_dtype", lambda device: torch.float32)
+    toy, raft = PRESETS["toy"], RAFT.load()
+    tae, dit = TAE(toy.tae), randomised(DiT(toy.dit).add_motion(), std=.05)
+    video, flow, captions, _ = sprite_clips(range(4), toy.frames, toy.size)
+    noise, results = torch.randn(2, 4, *toy.latent_shape()), []
+    for device in ("cpu", "cuda"):
+        tae, dit, raft = tae.to(device), dit.to(device), raft.to(device)
+        on_it, y = video.to(device), tokenize(captions).to(device)
+        x, d = noise.to(device)
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            latent, flows = tae.encode(on_it), estimate_flow(raft, on_it)
+            parts = {"encode": latent, "decode": tae.decode(latent), "RAFT": flows,
+                     "RGB": flow_to_rgb(flow.to(device)), "DiT": dit(torch.cat([x, d], 1), .3, y)}
+            parts |= {mode: guided_velocity(dit, x, d, .3, y, mode=mode) for mode in GUIDANCE}
+            dit.zero_grad()
+            joint_loss(dit, x, d, y, generator=torch.Generator().manual_seed(0)).backward()
+        parts |= {name: weight.grad for name, weight in dit.named_parameters()}
+        results.append({name: part.detach().cpu() for name, part in parts.items()})
+    errors = {name: (results[1][name] - part).norm() / part.norm()
+              for name, part in results[0].items()}
+    worst = sorted(errors, key=errors.get)[-3:]
+    print("\nGPU against CPU:", ", ".join(f"{name} {errors[name]:.1e}" for name in worst))
+    assert all(error < 1e-3 for error in errors.values())
+
+
+@gpu
+def test_on_a_gpu_torchrun_is_one_process_and_resumed_is_uninterrupted(tmp_path):
+    """FSDP2 by NCCL, with one process for want of GPUs, against none; all stages."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    at_once(command(0, one, "--device", "cuda"))
+    at_once(command(1, two, "--device", "cuda", "--accumulate", "2"))
+    for stage in STAGES:
+        steps = [[row for row in map(json.loads, rows(out, stage)) if "lr" in row]
+                 for out in (one, two)]
+        apart = [abs(a[loss] / b[loss] - 1) for a, b in zip(*steps)
+                 for loss in a if loss.startswith("loss")]
+        print(f"\n{stage}: losses at most {max(apart):.1e} apart")
+        assert len(steps[0]) == len(steps[1]) == 10 and max(apart) < 1e-4
+    for stage in ("tae", "jam"):
+        whole = checkpoint(one, stage)
+        shutil.rmtree(checkpoints(one, stage)[-1])
+        if stage == "tae":
+            (one / "tae.pt").unlink()
+        at_once(command(0, one, "--stage", stage, "--device", "cuda"))
+        again = checkpoint(one, stage)
+        assert equal(whole["model"], again["model"]) and equal(whole["ema"], again["ema"]), stage
 
 
 def test_2000_files_of_which_one_in_ten_is_broken(tmp_path, monkeypatch, run):

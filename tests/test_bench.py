@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import TINY
+
 import bench
 from bench import fit_motion, held_out_clips, interval, judge, track
 from flow import COLOURS
@@ -156,8 +158,9 @@ def test_every_experiment_writes_its_tables_and_a_page_that_holds_all(bundle, ru
         return time.perf_counter() - start
 
     monkeypatch.setattr(bench, "median_time", once)
+    monkeypatch.setitem(bench.PRESETS, "tiny", TINY)
     code, said, err = run(bench.main, "--run", bundle, "--n", 2, "--steps", 2, "--out", tmp_path,
-                          "--batch", 2)
+                          "--preset", "tiny", "--batch", 2)
     assert not code, err
     assert (tmp_path / "motivation-0.svg").read_text().count("<polyline") == 4
     for row in ("real clips", "through the TAE", "base", "control", "VideoJAM, w2 = 0",

@@ -175,14 +175,12 @@ def test_evaluation_takes_held_out_seeds_and_training_the_others():
 
 def test_the_control_sees_what_videojam_sees_but_for_motion(finished, tmp_path, run, quick,
                                                            monkeypatch):
-    original, seen = train.squared_errors, {"jam": [], "control": []}
+    original, C, seen = train.squared_errors, TINY.tae.channels, {"jam": [], "control": []}
 
     for stage in seen:
-        def spy(model, z1, y, C, **options):
-            def watched(z, t, y):
-                seen[stage].append((z[:, :C], t, y))
-                return model(z, t, y)
-            return original(watched, z1, y, C, **options)
+        def spy(model, t, z_t, y, v):
+            seen[stage].append((z_t[:, :C], t, y, v[:, :C]))
+            return original(model, t, z_t, y, v)
 
         monkeypatch.setattr(train, "squared_errors", spy)
         out = begun(finished, tmp_path / stage, stage)
@@ -279,9 +277,9 @@ def test_the_learning_rate_is_constant_then_falls_linearly_to_the_last_step(fini
 def test_captions_have_one_length_in_all_steps(finished, tmp_path, run, quick, monkeypatch):
     out, original, shapes = begun(finished, tmp_path / "run", "base"), train.squared_errors, set()
 
-    def seen(model, z1, y, *rest, **options):
+    def seen(model, t, z_t, y, v):
         shapes.add(y.shape)
-        return original(model, z1, y, *rest, **options)
+        return original(model, t, z_t, y, v)
 
     monkeypatch.setattr(train, "squared_errors", seen)
     assert run(train.main, *flags(out, "--stage", "base", "--steps", "20"))[0] == 0
