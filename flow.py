@@ -87,9 +87,17 @@ def write_text(path, text):
     write_file(path, lambda temporary: temporary.write_text(text))
 
 
+def on_cpu(content):
+    """The same data with its tensors on the CPU."""
+    if isinstance(content, dict):
+        return {key: on_cpu(value) for key, value in content.items()}
+    return content.cpu() if torch.is_tensor(content) else content
+
+
 def write_tensors(path, content):
-    """What `read_file` reads: a dict of data and tensors, with its "kind"."""
-    write_file(path, lambda temporary: torch.save(content, temporary))
+    """What `read_file` reads: a dict of data and tensors, with its "kind". (Tensors of a GPU would
+    come back on a GPU, where others have none.)"""
+    write_file(path, lambda temporary: torch.save(on_cpu(content), temporary))
 
 
 def read_file(path, kind):

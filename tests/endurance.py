@@ -232,6 +232,9 @@ def test_on_a_gpu_torchrun_is_one_process_and_resumed_is_uninterrupted(tmp_path)
                  for loss in a if loss.startswith("loss")]
         print(f"\n{stage}: losses at most {max(apart):.1e} apart")
         assert len(steps[0]) == len(steps[1]) == 10 and max(apart) < 1e-4
+    bundle = torch.load(one / "model.pt", weights_only=True)        # for those without a GPU
+    for part in (bundle["tae"], *bundle["dits"].values()):
+        assert not any(tensor.is_cuda for tensor in part.values())
     for stage in ("tae", "jam"):
         whole = checkpoint(one, stage)
         shutil.rmtree(checkpoints(one, stage)[-1])
