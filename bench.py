@@ -28,15 +28,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 from imageio_ffmpeg import read_frames
+from torch import nn
 from tqdm import tqdm
 
 from flow import (COLOURS, DIRECTIONS, HELD_OUT, RAFT, SHAPES, TRAVEL, TURNS, autocast, bouncing,
                   estimate_flow, fast_dtype, flow_to_rgb, optimizers, report_errors, rgb_to_flow,
                   signed_distance, sprite_clips, write_text)
-from train import (SUFFIXES, can_compile, device_of, flops_of, grid, read_lines, recomputes,
-                   say_cut, weights_of, write_video)
+from train import (SUFFIXES, can_compile, device_of, flops_of, grid, preset_of, read_lines,
+                   recomputes, say_cut, weights_of, write_video)
 from videojam import (PRESETS, TAE, DiT, VideoJAM, corrupted, cut, euler_sample, linear_quadratic,
                       noised, squared_errors, tokenize, velocity)
 
@@ -353,7 +353,7 @@ class World:
                     raise
                 print(f"{weights_of(args)}: no {which} model, its rows are left out")
                 continue
-            if self.device.type == "cpu" and can_compile(self.device):  # (a GPU is done before)
+            if self.device.type == "cpu" and can_compile(self.device):  # (a GPU samples faster)
                 self.models[which].dit.compile_blocks()
         self.config, self.tae = self.models["jam"].config, self.models["jam"].tae
         self.video, self.flow, self.captions, self.scenes = held_out_clips(
@@ -443,7 +443,8 @@ def motivation(world):
     y = tokenize(world.captions[:n], config.dit.max_bytes).to(world.device)
     clips = [world.latents(*sprite_clips(seeds, config.frames, config.size, 0, order)[:2])
              for order in (None, orders)]
-    times, steps = linear_quadratic(100), range(0, 100, 1 if world.args.steps >= 100 else 5)
+    times = linear_quadratic(100).to(world.device)
+    steps = range(0, 100, 1 if world.args.steps >= 100 else 5)
     models = {which: (bundle.dit, 1) for which, bundle in world.models.items()}
     models["jam, d = 0"] = models["jam"][0], 0
     curves, table = {}, []
@@ -452,7 +453,7 @@ def motivation(world):
         for k in tqdm(steps, desc=f"motivation {which}"):
             losses = []
             for x1, d1, x0, d0 in clips:
-                t = times[k].expand(n).to(world.device)
+                t = times[k].expand(n)
                 z = noised(x1, x0, t)
                 if dit.config.motion:
                     z = torch.cat([z, given * noised(d1, d0, t)], 1)
@@ -686,23 +687,19 @@ def median_time(function, device, repeats=7, warm=2):
 
 
 def speed(args):
-    """Each part's time and FLOPs at a preset's size, with random weights, and what share it reaches
-    of the rate of a matrix product that is measured in the same run and precision (bf16 where the
-    device is fast at it). FLOPs are the model's own: not the optimizers', not what is recomputed."""
-    device, preset, B = device_of(args.device), PRESETS[args.preset], args.batch
+    """Each part's time and FLOPs at a preset's or a run's size, with random weights, and what share
+    it reaches of the rate of a matrix product that is measured in the same run and precision (bf16
+    where the device is fast at it). FLOPs are the model's own: not the optimizers', nor what is
+    recomputed."""
+    device, B = device_of(args.device), args.batch
+    preset = preset_of(args.preset) if args.preset else VideoJAM.load(weights_of(args)).config
     shape, y = preset.latent_shape(), tokenize(["a red square moves left slowly"] * B)
     side = 4096 if device.type == "cpu" else 8192
     product = torch.randn(side, side, dtype=fast_dtype(device), device=device)
     peak = 2 * side ** 3 / median_time(lambda: product @ product, device)
-    configs = {which: dataclasses.replace(preset.dit, motion=which == "jam")
-               for which in ("base", "jam")}
 
-    def batch(config):
-        z1 = torch.randn(B, shape[0] * (1 + config.motion), *shape[1:])
-        return corrupted(z1, y, shape[0])
-
-    def training(dit):
-        optimizing, data = optimizers(dit, 0.), batch(dit.config)
+    def training(dit, data):
+        optimizing = optimizers(dit, 0.)
 
         def gradients():
             dit.zero_grad()
@@ -716,11 +713,11 @@ def speed(args):
                 optimizer.step()
         return step, gradients
 
-    def training_flops(config):
+    def training_flops(config, data):
         with torch.device("meta"):
             dit = DiT(config)
-        data = [part.to("meta") for part in batch(config)]
-        return flops_of(lambda: squared_errors(dit, *data).mean().backward())
+        return flops_of(lambda: squared_errors(
+            dit, *(part.to("meta") for part in data)).mean().backward())
 
     def sampling(dit, mode):
         x, text, times = torch.randn(B, *shape, device=device), y.to(device), linear_quadratic(4)
@@ -729,17 +726,20 @@ def speed(args):
 
     with torch.device(device):
         torch.manual_seed(0)
-        tae, dits = TAE(preset.tae), {which: DiT(config) for which, config in configs.items()}
+        tae, dits = TAE(preset.tae), {
+            which: DiT(dataclasses.replace(preset.dit, motion=which == "jam"))
+            for which in ("base", "jam")}
     for weight in itertools.chain(*(dit.parameters() for dit in dits.values())):
         nn.init.normal_(weight, std=.02)            # (much of it is zero at first: faster to sum)
-    steps, flops = {}, {}
+    steps, gradients, flops = {}, {}, {}
     for which, dit in dits.items():
         dit.recompute = recomputes(args.preset)
-        steps[which], gradients = training(dit.train())
-        flops[which] = training_flops(configs[which])
-        if which == "base":
-            steps["base, without the optimizers"] = gradients
-            flops["base, without the optimizers"] = flops[which]
+        z1 = torch.randn(B, shape[0] * (1 + dit.config.motion), *shape[1:])
+        data = corrupted(z1, y, shape[0])
+        steps[which], gradients[which] = training(dit.train(), data)
+        flops[which] = training_flops(dit.config, data)
+    steps["base, without the optimizers"] = gradients["base"]
+    flops["base, without the optimizers"] = flops["base"]
     clips = max(1, 2 ** 19 // (preset.frames * preset.size ** 2))       # 8 of the toy's
 
     def render():
@@ -1000,8 +1000,8 @@ def main():
                         "of them: a look")
     parser.add_argument("--size", type=int, help="metrics: resize videos to a square of this many "
                         "pixels a side first (the paper: 256)")
-    parser.add_argument("--preset", default="toy", help="size of the models of `speed`: one of "
-                        f"{', '.join(PRESETS)}")
+    parser.add_argument("--preset", help="size of the models of `speed`: one of "
+                        f"{', '.join(PRESETS)}; default: the run's")
     parser.add_argument("--batch", type=int, default=64, help="clips in a step of `speed`")
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--out", type=Path, help="folder; default: runs/bench, or in it")
@@ -1009,8 +1009,8 @@ def main():
     args.n = args.n if args.n is not None else 16 if args.quick else 50
     args.steps = args.steps if args.steps is not None else 25 if args.quick else 100
     args.few = 4 if args.quick else 24      # clips that RAFT, which is slow, looks at
-    if args.preset not in PRESETS:
-        raise ValueError(f"unknown preset {args.preset!r}: one of {', '.join(PRESETS)}")
+    if args.preset is not None:
+        preset_of(args.preset)                  # or to have worked for nothing
     for name in ("n", "steps", "seeds", "size", "batch"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} must be positive, got {getattr(args, name)}")

@@ -467,6 +467,13 @@ def device_of(name):
     raise ValueError(f"--device {name}: no such device, take cpu or cuda")
 
 
+def preset_of(name):
+    """The preset of that name; ValueError where there is none."""
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}: one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
 def recomputes(preset):
     """Whether a preset's blocks are recomputed in the backward pass: a clip's activations are too
     many to keep (4b: 88 GB)."""
@@ -1282,8 +1289,7 @@ def parse():
     parser.add_argument("--world", type=int, default=1, help="dry run: GPUs")
     parser.add_argument("--tflops", type=float, default=400, help="dry run: sustained by a GPU")
     args = parser.parse_args()
-    if args.preset not in PRESETS:
-        raise ValueError(f"unknown preset {args.preset!r}: one of {', '.join(PRESETS)}")
+    preset_of(args.preset)                          # is there one?
     for name in ("steps", "lr", "batch", "accumulate", "workers", "replicas", "world", "tflops",
                  "t_shift", "sigma"):
         if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:

@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import TINY
-
 import bench
 from bench import fit_motion, held_out_clips, interval, judge, track
 from flow import COLOURS
@@ -158,9 +156,8 @@ def test_every_experiment_writes_its_tables_and_a_page_that_holds_all(bundle, ru
         return time.perf_counter() - start
 
     monkeypatch.setattr(bench, "median_time", once)
-    monkeypatch.setitem(bench.PRESETS, "tiny", TINY)
     code, said, err = run(bench.main, "--run", bundle, "--n", 2, "--steps", 2, "--out", tmp_path,
-                          "--preset", "tiny", "--batch", 2)
+                          "--batch", 2)
     assert not code, err
     assert (tmp_path / "motivation-0.svg").read_text().count("<polyline") == 4
     for row in ("real clips", "through the TAE", "base", "control", "VideoJAM, w2 = 0",
@@ -191,6 +188,12 @@ def test_what_would_fail_at_the_end_is_said_before_anything_is_drawn(bundle, ref
 def test_a_path_where_an_experiment_takes_none_is_not_taken_for_a_run(bundle, refuses, tmp_path):
     for experiment in (*bench.EXPERIMENTS, "speed"):
         assert "named by --run" in refuses(bench.main, experiment, bundle, "--out", tmp_path / "x")
+
+
+def test_an_unknown_preset_is_refused_before_anything_is_drawn(bundle, refuses, tmp_path):
+    assert "unknown preset 'huge': one of toy, small, 4b, 30b" in refuses(
+        bench.main, "--run", bundle, "--preset", "huge", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_models_that_a_bundle_lacks_are_left_out(bundle, run, tmp_path):
