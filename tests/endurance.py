@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, TINY, randomised
 from test_flow import torchvision_raft
-from test_train import at_once, checkpoint, checkpoints, command, content, equal, flags, rows
+from test_train import (at_once, checkpoint, checkpoints, command, content, equal, flags, losses,
+                        rows)
 
 import flow as flow_script
 import train
@@ -36,8 +37,8 @@ def same(a, b):
     assert content(a / "latents") == {
         a / path.relative_to(b): bytes for path, bytes in content(b / "latents").items()}
     for stage in STAGES:
-        losses = [[row for row in rows(out, stage) if '"lr"' in row] for out in (a, b)]
-        assert losses[0] == losses[1]
+        logged = [[row for row in rows(out, stage) if '"lr"' in row] for out in (a, b)]
+        assert logged[0] == logged[1]
         first, second = checkpoint(a, stage), checkpoint(b, stage)
         assert equal(first["model"], second["model"]) and equal(first["ema"], second["ema"])
         assert all(map(equal, first["optimizer"].values(), second["optimizer"].values()))
@@ -226,12 +227,10 @@ def test_on_a_gpu_torchrun_is_one_process_and_resumed_is_uninterrupted(tmp_path)
     at_once(command(0, one, "--device", "cuda"))
     at_once(command(1, two, "--device", "cuda", "--accumulate", "2"))
     for stage in STAGES:
-        steps = [[row for row in map(json.loads, rows(out, stage)) if "lr" in row]
-                 for out in (one, two)]
-        apart = [abs(a[loss] / b[loss] - 1) for a, b in zip(*steps)
-                 for loss in a if loss.startswith("loss")]
+        alone, by_torchrun = losses(one, stage), losses(two, stage)
+        apart = [abs(a[name] / b[name] - 1) for a, b in zip(alone, by_torchrun) for name in a]
         print(f"\n{stage}: losses at most {max(apart):.1e} apart")
-        assert len(steps[0]) == len(steps[1]) == 10 and max(apart) < 1e-4
+        assert len(alone) == len(by_torchrun) == 10 and max(apart) < 1e-4
     bundle = torch.load(one / "model.pt", weights_only=True)        # for those without a GPU
     for part in (bundle["tae"], *bundle["dits"].values()):
         assert not any(tensor.is_cuda for tensor in part.values())

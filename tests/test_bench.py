@@ -1,4 +1,5 @@
 """pytest tests/test_bench.py"""
+import functools
 import json
 import re
 import time
@@ -23,8 +24,10 @@ def real():
 
 
 @pytest.fixture(autouse=True)
-def eager(monkeypatch):
+def cheap(monkeypatch):
     monkeypatch.setattr(bench, "can_compile", lambda device: False)     # tiny models: not worth it
+    # nothing here is about how good RAFT's flow is
+    monkeypatch.setattr(bench, "estimate_flow", functools.partial(bench.estimate_flow, iters=1))
 
 
 def test_real_clips_are_there_in_shape_and_move_as_named(real):
