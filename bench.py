@@ -733,7 +733,7 @@ def speed(args):
         nn.init.normal_(weight, std=.02)            # (much of it is zero at first: faster to sum)
     steps, gradients, flops = {}, {}, {}
     for which, dit in dits.items():
-        dit.recompute = recomputes(args.preset)
+        dit.recompute = recomputes(preset)
         z1 = torch.randn(B, shape[0] * (1 + dit.config.motion), *shape[1:])
         data = corrupted(z1, y, shape[0])
         steps[which], gradients[which] = training(dit.train(), data)

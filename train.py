@@ -475,9 +475,11 @@ def preset_of(name):
 
 
 def recomputes(preset):
-    """Whether a preset's blocks are recomputed in the backward pass: a clip's activations are too
-    many to keep (4b: 88 GB)."""
-    return preset in ("4b", "30b")
+    """Whether a Preset's blocks are recomputed in the backward pass: a clip's activations are too
+    many to keep (4b: 88 GB, about 220 bytes a channel of a token in a block)."""
+    _, T, H, W = preset.latent_shape()
+    dit = preset.dit
+    return T * H * W // dit.patch ** 2 * dit.width * dit.depth > 1e8
 
 
 def can_compile(device):
@@ -1289,7 +1291,7 @@ def parse():
     parser.add_argument("--world", type=int, default=1, help="dry run: GPUs")
     parser.add_argument("--tflops", type=float, default=400, help="dry run: sustained by a GPU")
     args = parser.parse_args()
-    preset_of(args.preset)                          # is there one?
+    preset = preset_of(args.preset)
     for name in ("steps", "lr", "batch", "accumulate", "workers", "replicas", "world", "tflops",
                  "t_shift", "sigma"):
         if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
@@ -1318,7 +1320,7 @@ def parse():
     if args.compile is None:
         args.compile = can_compile(args.device)
     if args.recompute is None:
-        args.recompute = recomputes(args.preset)
+        args.recompute = recomputes(preset)
     args.precision = {"bf16": torch.bfloat16, "fp32": torch.float32,
                       None: fast_dtype(args.device)}[args.precision]
     return args

@@ -590,6 +590,13 @@ def test_a_dry_run_knows_the_paper_s_models(run, tmp_path, monkeypatch):
     assert hours == pytest.approx(50_000 * 32 * 3 * flops / (8 * 400) / 3600, rel=.01)
 
 
+def test_blocks_are_recomputed_at_the_paper_s_sizes_alone():
+    assert [name for name, preset in train.PRESETS.items() if train.recomputes(preset)] == [
+        "4b", "30b"]
+    longer = dataclasses.replace(train.PRESETS["small"], frames=48 * 64)    # another's own size
+    assert train.recomputes(longer)
+
+
 def test_saved_bytes_counts_what_the_backward_pass_needs():
     x = torch.zeros(10, 20, requires_grad=True)
     weight = torch.nn.Parameter(torch.zeros(20, 5))
