@@ -132,10 +132,10 @@ def in_range(value, low, high, slack=.3):
 def fit_motion(kind, phrase, path, size, radius=.145):
     """Fits a motion of the scene's family to a tracked path (T, 3).
 
-    Returns the RMS error of a coordinate of the centre in px; whether it is the named motion (an
-    error under 2.5% of the frame's width, in the named direction, of an amount that such scenes
-    have); and that amount: widths travelled, length, radius, turns, or the share of energy that a
-    bounce keeps."""
+    Returns the RMS error in px of a coordinate of the centre (a spin's has the angle's in it, at a
+    sprite's edge); whether it is the named motion (an error under 2.5% of the frame's width, in the
+    named direction, of an amount that such scenes have); and that amount: widths travelled, length,
+    radius, turns, or the share of energy that a bounce keeps."""
     T, words = len(path), phrase.split()
     tau, one = np.linspace(0, 1, T), np.ones(T)
     x, y, angle = path[:, 0] / size, path[:, 1] / size, path[:, 2]
@@ -188,9 +188,13 @@ def fit_motion(kind, phrase, path, size, radius=.145):
 
 # ---------------------------------------------------------------- statistics: every number's n
 
-def interval(values, statistic=np.mean):
-    """[value, low, high]: a statistic and its 95% bootstrap interval over prompts."""
+def interval(values, statistic=np.mean, share=False):
+    """[value, low, high]: a statistic and its 95% bootstrap interval over prompts. A share that is
+    0 or 1 for each has no spread to draw from: there Clopper and Pearson's exact interval."""
     values, rng = np.asarray(values, float), np.random.default_rng(0)
+    if share and values[0] in (0, 1) and (values == values[0]).all():
+        reach = 1 - .025 ** (1 / len(values))
+        return [0., 0., reach] if values[0] == 0 else [1., 1 - reach, 1.]
     draws = statistic(values[rng.integers(len(values), size=(2000, len(values)))], axis=1)
     return [float(statistic(values)), *map(float, np.percentile(draws, [2.5, 97.5]))]
 
@@ -209,7 +213,7 @@ def cell(values, scale=1, statistic=np.mean):
     if not have:
         return "-"
     return "{:.{k}f} [{:.{k}f}, {:.{k}f}]".format(
-        *(scale * v for v in interval(have, statistic)), k=1 if scale == 100 else 2) \
+        *(scale * v for v in interval(have, statistic, scale == 100)), k=1 if scale == 100 else 2) \
         + f", n = {len(have)}" * (len(have) < len(values))
 
 
@@ -272,8 +276,8 @@ def moments(features):
 
 
 def frechet(a, b):
-    """Frechet distance of two sets of features, given by their `moments`, in units of b's standard
-    deviations. Sets that are small, or drawn with repetition, are further apart by chance."""
+    """Frechet distance (squared, as FID is) of two sets of features, given by their `moments`, in
+    b's variances. Sets that are small, or drawn with repetition, are further apart by chance."""
     scale = b[1].diagonal().sqrt().clamp(min=1e-6)
     (mean_a, cov_a), (mean_b, cov_b) = ((mean / scale, cov / scale / scale[:, None])
                                         for mean, cov in (a, b))
@@ -310,21 +314,24 @@ def held_out_clips(n, frames, size, start=HELD_OUT + 10_000):
 
 def judge(video, scenes):
     """Per scene: is the sprite there throughout, alone, in shape; its motion, error and verdict.
-    Of several samples of a prompt (all prompts' first ones come first), the mean."""
+    Of several samples of a prompt (all prompts' first ones come first), the mean. Tracked is the
+    centre of all that has the sprite's colour: two halves, or two sprites, may move as `named`
+    together, hence `whole`, which wants one."""
     rows = []
     for clip, scene in zip(video, itertools.cycle(scenes)):
         sprite, S = scene["sprites"][0], clip.shape[-1]
         there, shape, path, alpha = track(clip, sprite["colour"], sprite["shape"])
         error, named, amount = fit_motion(sprite["kind"], sprite["phrase"], path, S)
         there = bool(there.all())
+        one = bool((blobs(alpha > .5, .003 * S * S) == 1).all())
         speeds = {"move": TRAVEL, "spin": TURNS}.get(sprite["kind"], {})
         paces = {None: 0, **{word: np.mean(speeds[word]) for word in speeds}}  # None: no motion
         speed = min(paces, key=lambda word: abs(amount - paces[word]))
         word = sprite["phrase"].split()[-1]
         rows.append({
-            "kind": sprite["kind"], "held_out": scene["held_out"], "there": there,
-            "one": bool((blobs(alpha > .5, .003 * S * S) == 1).all()),
+            "kind": sprite["kind"], "held_out": scene["held_out"], "there": there, "one": one,
             "shape": shape == sprite["shape"], "named": named and there,
+            "whole": named and there and one,
             # what is not there has no motion to be off, what does not bounce no energy to keep
             "error": error if there else None,
             "speed": there and speed == (word if word in speeds else "") if speeds else None,
@@ -399,6 +406,7 @@ class World:
 
 PHYSICS = (("there, in its colour, in all frames %", "there", 100), ("one sprite %", "one", 100),
            ("of the named shape %", "shape", 100), ("moves as named %", "named", 100),
+           ("one sprite that moves as named %", "whole", 100),
            ("median motion error of those there, px", "error", 1),
            ("speed as named %", "speed", 100),
            ("energy kept by a bounce", "energy", 1))
@@ -417,7 +425,8 @@ def paired_table(results, against):
         if name in (against, "real clips", "through the TAE"):
             continue
         row = [f"{name} minus {against}"]
-        for key, scale in (("named", 100), ("one", 100), ("error", 1)):
+        for key, scale in (("named", 100), ("whole", 100), ("one", 100), ("shape", 100),
+                           ("error", 1)):
             pairs = [(a[key], b[key]) for a, b in zip(results[name], results[against])
                      if a[key] is not None and b[key] is not None]
             if not pairs:
@@ -427,7 +436,8 @@ def paired_table(results, against):
             row.append("{:+.{k}f} [{:+.{k}f}, {:+.{k}f}], p = {:.4f}, n = {}".format(
                 *(scale * v for v in values), p, len(pairs), k=1 if scale == 100 else 2))
         table.append(row)
-    return ["", "moves as named, points", "one sprite, points",
+    return ["", "moves as named, points", "one sprite that moves as named, points",
+            "one sprite, points", "of the named shape, points",
             "mean motion error where both are there, px"], table
 
 
@@ -487,8 +497,8 @@ def compare(world):
     for which in ("base", "control"):
         if which in world.models:
             videos[which] = world.sample(which)
-    videos["VideoJAM, w2 = 0"] = world.sample(w2=0.)
-    videos[f"VideoJAM, w2 = {args.w2:g}"] = world.sample()
+    alone, guided = "VideoJAM, w2 = 0", f"VideoJAM, w2 = {args.w2:g}"
+    videos |= {alone: world.sample(w2=0.), guided: world.sample()}
     results = {name: judge(video, world.scenes) for name, (video, _) in videos.items()}
     others = held_out_clips(args.n, config.frames, config.size, HELD_OUT + 10_000_000)[0]
     some = min(args.n, args.few)
@@ -514,17 +524,19 @@ def compare(world):
                for name, rows in results.items()]
     counts = [f"{k} (n {sum(r['kind'] == k for r in results['real clips'])})" for k in kinds]
     unseen = f"unseen combinations (n {sum(r['held_out'] for r in results['real clips'])})"
-    tables = [physics_table(results), (["moves as named %", *counts, unseen], by_kind),
-              (header, table)]
-    if "control" in results:
-        tables.insert(1, paired_table(results, "control"))
+    both = {name: results[name] for name in (alone, guided)}
+    tables = [physics_table(results),
+              *([paired_table(results, "control")] if "control" in results else []),
+              paired_table(both, alone),
+              (["moves as named %", *counts, unseen], by_kind), (header, table)]
     quality = [cell(psnr(real, videos["through the TAE"][0])),
                cell(psnr(rgb, world.coded(rgb, True)))]
     return {"about": f"n = {args.n} prompts, those of held-out clips of one sprite on a plain "
                      f"background ({len(set(world.captions))} of them different), the first "
                      f"{args.seeds} of each, the same noise for every model, "
                      f"{args.steps} steps, w1 = {args.w1:g}; 95% bootstrap intervals over prompts "
-                     "(that of the frame distance leans upwards: what is drawn twice varies less). "
+                     "(that of the frame distance leans upwards: what is drawn twice varies less); "
+                     "the p values are not corrected for their number. "
                      f"TAE: {quality[0]} dB, RGB flow {quality[1]} dB.",
             "tables": tables, "clips": results,
             "shown": [(name, video[:8]) for name, (video, _) in videos.items()]
@@ -548,8 +560,8 @@ def ablation(world):
     rows = {name: judge(video, world.scenes)
             for name, (video, _) in (world.ceilings | results).items()}
     return {"about": f"n = {world.args.n} held-out clips' prompts, the same noise in every row. "
-                     "InstructPix2Pix and composable guidance act in all steps. The p values are "
-                     "not corrected for their number.",
+                     "Composable guidance has its motion term in all steps. The p values are not "
+                     "corrected for their number.",
             "tables": [physics_table(rows), paired_table(rows, f"VideoJAM, w2 = {w2:g}")],
             "clips": rows}
 
@@ -607,8 +619,17 @@ def file_stem(prompt):
     return cut(re.sub("[/\0]", " ", prompt), 180)
 
 
-def prompt_of(path):
-    return re.sub(r"-\d+$", "", path.stem)
+def prompt_of(stem):
+    """The prompt (or what of it fits a file's name) of a video named PROMPT-INDEX."""
+    return re.sub(r"-\d+$", "", stem)
+
+
+def by_prompt(named):
+    """Pairs of a video's stem and what was measured of it -> a list of that for every prompt."""
+    groups = {}
+    for stem, value in named:
+        groups.setdefault(prompt_of(stem), []).append(value)
+    return groups
 
 
 def metrics(args):
@@ -621,8 +642,8 @@ def metrics(args):
     raft = RAFT.load().to(device)
     if len(args.paths) == 2:
         wanted = {file_stem(prompt) for prompt in read_lines(args.paths[1])}
-        missing = len(wanted - {prompt_of(path) for path in paths})
-        paths = [path for path in paths if prompt_of(path) in wanted]
+        missing = len(wanted - {prompt_of(path.stem) for path in paths})
+        paths = [path for path in paths if prompt_of(path.stem) in wanted]
     for path in tqdm(paths, desc="metrics"):
         try:
             reader, frames = read_frames(str(path.absolute())), []
@@ -638,18 +659,20 @@ def metrics(args):
             tqdm.write(f"skipped {path.name}: it cannot be decoded")
             skipped += 1
             continue
-        if prompt_of(path) == path.stem:
+        if prompt_of(path.stem) == path.stem:
             tqdm.write(f"{path.name}: not named PROMPT-INDEX, its name is taken as the prompt")
         rows[path.name] = vbench(video, meta["fps"], raft)
     if not rows:
         raise ValueError(f"{args.paths[0]}: no video to measure ({skipped} cannot be read, "
                          f"{missing} prompts have none)")
     size = f"resized to {args.size} px" if args.size else "in their own sizes"
-    prompts = {prompt_of(Path(name)) for name in rows}
+    prompts = by_prompt((Path(name).stem, row) for name, row in rows.items())
     return {"about": f"n = {len(rows)} videos of {len(prompts)} prompts, {size}, {skipped} "
-                     f"skipped, {missing} prompts without a video. By VBench's formulas; RAFT is "
-                     "ours, and interpolates in place of AMT.",
-            "tables": [(["", *VBENCH], [[args.paths[0], *vbench_cells(rows.values())]])],
+                     f"skipped, {missing} prompts without a video. Means of prompts, whose videos "
+                     "are averaged first; 95% intervals by bootstrap over prompts. By VBench's "
+                     "formulas; RAFT is ours, and interpolates in place of AMT.",
+            "tables": [(["", *VBENCH],
+                        [[args.paths[0], *vbench_cells([*map(mean_row, prompts.values())])]])],
             "videos": rows}
 
 
@@ -862,7 +885,7 @@ def rate(args):
     names = sorted(a.keys() & b.keys())
     if not names:
         raise ValueError(f"{args.paths[0]} and {args.paths[1]}: no video has the same name in both")
-    pairs = [{"name": name, "prompt": prompts.get(prompt_of(a[name]), prompt_of(a[name])),
+    pairs = [{"name": name, "prompt": prompts.get(prompt_of(name), prompt_of(name)),
               "a": data_url(a[name]), "b": data_url(b[name])} for name in names]
     data = json.dumps({"a": args.paths[0], "b": args.paths[1], "questions": QUESTIONS,
                        "pairs": pairs}).replace("<", "\\u003c")
@@ -874,7 +897,7 @@ def rate(args):
 
 
 def votes(args):
-    """The paper's table: votes for A, as the mean over pairs of their share, and how far raters
+    """The paper's table: votes for A, as the mean over prompts of their share, and how far raters
     agree. (The paper has 5 raters a pair, 640 votes a baseline at least.)"""
     ballots, sides = {}, set()
     for path in args.paths:
@@ -891,15 +914,18 @@ def votes(args):
         raise ValueError("votes takes one or more files of votes on the same two folders")
     table = []
     for question in QUESTIONS:
-        cast = [list(v.values()) for (asked, _), v in ballots.items() if asked == question]
+        cast = {pair: v for (asked, pair), v in ballots.items() if asked == question}
         if cast:
-            agree = [np.mean([i == j for i, j in itertools.combinations(v, 2)])
-                     for v in cast if len(v) > 1]
-            raters = set().union(*(v for (asked, _), v in ballots.items() if asked == question))
-            table.append([question, str(len(raters)), str(sum(map(len, cast))),
-                          cell([np.mean(v) for v in cast], 100), cell(agree, 100)])
+            shares = by_prompt((pair, np.mean([*v.values()])) for pair, v in cast.items())
+            agree = by_prompt((pair, np.mean([i == j for i, j in
+                                              itertools.combinations(v.values(), 2)]))
+                              for pair, v in cast.items() if len(v) > 1)
+            table.append([question, str(len(set().union(*cast.values()))),
+                          str(sum(map(len, cast.values()))),
+                          *(cell([np.mean(v) for v in part.values()], 100)
+                            for part in (shares, agree))])
     (a, b), = sides
-    return {"about": f"A = {a}, B = {b}; intervals by bootstrap over pairs.",
+    return {"about": f"A = {a}, B = {b}; means of prompts, intervals by bootstrap over them.",
             "tables": [(["", "raters", "votes", "for A %", "two raters agree %"], table)]}
 
 

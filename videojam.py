@@ -602,7 +602,8 @@ def guidance_terms(mode, w1, w2):
 
 def guided_velocity(model, x, d, t, y, w1=5., w2=3., mode="inner", null=None):
     """The guided velocity of [x, d], each (B, C, ...), at time t: u of 2C channels. All terms run
-    in one batch, those of weight 0 not at all. d = None: a model without motion, cfg or none."""
+    in one batch, those of weight 0 not at all. d = None: a model without motion, cfg or none; u
+    has C channels then."""
     if d is None and mode not in ("cfg", "none"):
         raise ValueError(f"guidance {mode!r} needs motion: a model without it takes cfg or none")
     null = null_text(y) if null is None else null.expand_as(y)
@@ -631,17 +632,18 @@ def linear_quadratic(steps, emulated=1000):
 def euler_sample(model, x, d, y, times, w1=5., w2=3., mode="inner", null=None, motion_steps=None,
                  progress=None):
     """From noise x, d (B, C, ...) at times[0] to times[-1] by Euler steps: returns x, d. w2 acts in
-    the first motion_steps, by default half of all: there motion is decided (App. C). In ip2p and
-    composable guidance by default in all: there w2 = 0 is not to guide less, but takes d out of all
-    of composable's terms, and out of what ip2p begins with. d = None: a model without motion."""
+    the first motion_steps, by default half of all: there motion is decided (App. C). After them it
+    is 0, in ip2p 1, where what is left is u(x,d,0) + w1 (u(x,d,y) - u(x,d,0)). In composable
+    guidance it acts in all by default: without it d would be in none of the terms. d = None: a
+    model without motion."""
     steps, C = len(times) - 1, x.shape[1]
     if motion_steps is None:
-        motion_steps = steps if mode in ("ip2p", "composable") else steps / 2
+        motion_steps = steps if mode == "composable" else steps / 2
     z = x if d is None else torch.cat([x, d], 1)
     dtype, z = z.dtype, z.to(torch.promote_types(z.dtype, torch.float32))   # bf16 loses small steps
     for i in tqdm(range(steps), desc=progress, disable=progress is None):
         x, d = (z.to(dtype), None) if d is None else z.to(dtype).split(C, 1)
-        scale = w2 if i < motion_steps else 0.
+        scale = w2 if i < motion_steps else float(mode == "ip2p")
         u = guided_velocity(model, x, d, times[i], y, w1, scale, mode, null)
         z = z + (times[i + 1] - times[i]) * u
     return (z, None) if d is None else z.split(C, 1)
@@ -677,7 +679,7 @@ PRESETS = {
     # one GPU, own videos: 151 M parameters
     "small": Preset(48, 128, 12, TAEConfig(16, 1, (64, 128, 256, 256)),
                     DiTConfig(16, 2, 768, 16, 12, 1536, 768, 2)),
-    # the paper's: 4.2 B and 29 B. Width and depth are given there, the rest is our assumption
+    # the paper's: 4.2 B and 29 B. Heads, FFN, text encoder and C_TAE are our assumptions
     "4b": Preset(128, 256, 24, TAEConfig(), DiTConfig()),
     "30b": Preset(128, 256, 24, TAEConfig(), DiTConfig(16, 2, 6144, 48, 48, 16384, 4096, 6)),
 }

@@ -34,7 +34,7 @@ def test_real_clips_are_there_in_shape_and_move_as_named(real):
     rows = judge(*real)
     assert {row["kind"] for row in rows} == {"move", "zigzag", "swing", "orbit", "spin", "fall"}
     for row in rows:
-        assert row["there"] and row["shape"] and row["named"] and row["error"] < .7, row
+        assert row["there"] and row["shape"] and row["whole"] and row["error"] < .7, row
     for clip, scene in zip(*real):
         sprite = scene["sprites"][0]
         off = track(clip, sprite["colour"], sprite["shape"])[2] - sprite["path"]
@@ -55,6 +55,14 @@ def test_sprites_that_are_missing_in_one_frame_or_of_another_colour_lose(real):
               for scene in real[1] for s in scene["sprites"]]
     for row in judge(video, real[1]) + judge(real[0], others):
         assert not row["there"] and not row["named"], row
+
+
+def test_two_sprites_that_move_as_named_together_are_not_one_that_does(real):
+    video, shifted = real[0], real[0].roll(24, -1)      # a second one beside it, 24 px to the right
+    second = (shifted - shifted[..., :1, :1]).abs().amax(2, keepdim=True) > .02
+    rows = judge(torch.where(second, shifted, video), real[1])
+    assert sum(row["named"] for row in rows) > len(rows) / 10
+    assert not any(row["one"] or row["whole"] for row in rows)
 
 
 def test_several_samples_of_a_prompt_count_as_their_mean(real):
@@ -88,6 +96,14 @@ def test_intervals_bracket_the_statistic_and_shrink_with_more_prompts():
     assert high - low == pytest.approx(2 * 1.96 / 20, rel=.2)
     median, below, above = interval(values[:25], np.median)
     assert below < median == np.median(values[:25]) < above and above - below > 2 * (high - low)
+
+
+def test_a_share_of_none_or_of_all_has_an_exact_interval():
+    assert interval([0] * 97, share=True) == [0, 0, pytest.approx(.0373, abs=1e-4)]
+    assert interval([1] * 53, share=True) == [1, pytest.approx(.9328, abs=1e-4), 1]
+    assert interval([0, 0, 1], share=True) == interval([0, 0, 1])
+    assert bench.cell([True] * 53, 100) == "100.0 [93.3, 100.0]"
+    assert bench.cell([0.] * 53) == "0.00 [0.00, 0.00]"         # not a share: an error, in px
 
 
 def test_blobs_are_counted_with_corners_connected_and_specks_left_out():
@@ -220,6 +236,11 @@ def test_a_folder_is_generated_measured_and_rated(bundle, run, tmp_path, refuses
     write_video(tmp_path / "a" / "a red square-2.gif", torch.rand(5, 3, 16, 16), 8)
     code, said, err = run(bench.main, "metrics", tmp_path / "a", "--out", tmp_path / "out")
     assert not code and "5 videos of 2 prompts, in their own sizes, 1 skipped" in said, err
+    (line,) = [line for line in said.splitlines() if f"| {tmp_path / 'a'} |" in line]
+    videos = json.loads((tmp_path / "out/results.json").read_text())["metrics"]["videos"]
+    means = [np.mean([row["flicker"] for name, row in videos.items() if name.startswith(prompt)])
+             for prompt in ("a red square-", "a b c ")]         # of 3 videos and of 2
+    assert f"| {bench.cell(means, 100)} |" in line
     (tmp_path / "some.txt").write_text("a red square\nanother\n")
     sizes, measure = set(), bench.vbench
     monkeypatch.setattr(bench, "vbench", lambda video, *rest: (
@@ -273,6 +294,11 @@ def test_votes_become_shares_with_intervals_and_agreement(run, tmp_path, refuses
     assert not code, err
     (line,) = [line for line in said.splitlines() if line.startswith("| motion")]
     assert "| 2 | 8 | 62.5 [" in line and "| 75.0 [" in line
+    for path in (one, two):             # two pairs of one prompt: 1 vote of 4 for A
+        path.write_text(path.read_text().replace("p2", "q-0").replace("p3", "q-1"))
+    code, said, err = run(bench.main, "votes", "--out", tmp_path, one, two)
+    (line,) = [line for line in said.splitlines() if line.startswith("| motion")]
+    assert f"| 2 | 8 | {bench.cell([1, 1, .25], 100)} | {bench.cell([1, 1, .5], 100)} |" in line
     assert "same two folders" in refuses(bench.main, "votes", one, ballot("three", "a", "C"))
     (tmp_path / "foreign.json").write_text("[1]")
     assert "not a votes file" in refuses(bench.main, "votes", tmp_path / "foreign.json")

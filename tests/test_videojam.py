@@ -511,14 +511,20 @@ def test_sampler_is_euler_with_motion_guidance_in_the_first_half(mode, w1, w2, f
                                by_hand(Foreign(4), x, d, y, times, weights))
 
 
-@pytest.mark.parametrize("mode", ("ip2p", "composable"))
-def test_guidance_of_app_a_sees_the_motion_in_all_steps(mode):
+@pytest.mark.parametrize("mode, scales", [("ip2p", (3, 3, 1, 1)), ("composable", (3, 3, 3, 3))])
+def test_guidance_of_app_a_sees_the_motion_in_all_steps(mode, scales):
     (x, d, y, null), times, model = case(), linear_quadratic(4), Foreign(4)
     sampled = euler_sample(model, x, d, y, times, 5, 3, mode, null)
-    for t, after in zip(times, times[1:]):
-        u = guided_velocity(model, x, d, t, y, 5, 3, mode, null)
+    for t, after, w2 in zip(times, times[1:], scales):
+        u = guided_velocity(model, x, d, t, y, 5, w2, mode, null)
         x, d = (torch.cat([x, d], 1) + (after - t) * u).chunk(2, 1)
     torch.testing.assert_close(sampled, (x, d))
+
+
+def test_ip2p_without_its_motion_term_is_classifier_free_guidance():
+    (x, d, y, null), model = case(), Foreign(4)
+    torch.testing.assert_close(guided_velocity(model, x, d, .3, y, 5, 1, "ip2p", null),
+                               guided_velocity(model, x, d, .3, y, 4, 0, "cfg", null))
 
 
 def test_sampler_takes_three_evaluations_a_step_then_two():
