@@ -457,9 +457,9 @@ def motivation(world):
     steps = range(0, 100, 1 if world.args.steps >= 100 else 5)
     models = {which: (bundle.dit, 1) for which, bundle in world.models.items()}
     models["jam, d = 0"] = models["jam"][0], 0
-    curves, table = {}, []
+    curves, table, shown, levels = {}, [], (0, 20, 40, 60, 80), []
     for which, (dit, given) in models.items():
-        C, gaps = config.tae.channels, []
+        C, gaps, level = config.tae.channels, [], [which]
         for k in tqdm(steps, desc=f"motivation {which}"):
             losses = []
             for x1, d1, x0, d0 in clips:
@@ -471,9 +471,13 @@ def motivation(world):
                     u = dit(z, t, y)[:, :C]
                 losses.append((u - velocity(x1, x0)).square().flatten(1).mean(1).cpu())
             gaps.append((losses[1] / losses[0] - 1).numpy())
+            if k in shown:
+                level.append(cell(losses[0].tolist()))
         curves[which] = steps, [interval(gap) for gap in gaps]
         flat = np.mean([high <= .02 for k, (_, _, high) in zip(*curves[which]) if k <= 60])
         table.append([which, f"{100 * flat:.0f} %", cell(np.mean(gaps, 0), 100)])
+        levels.append(level)
+    header = ["loss of the clips as they are", *(f"step {k}, t = {times[k]:.3f}" for k in shown)]
     by_t = {name: ([float(times[k]) for k in steps], gaps) for name, (_, gaps) in curves.items()}
     return {"about": f"Relative rise of the appearance loss when a clip's frames are permuted; n = "
                      f"{n} clips (64 at most), the same noise and permutation for every model, 95% "
@@ -481,7 +485,7 @@ def motivation(world):
                      "VideoJAM sees the noised flow of the permuted clip too; with d = 0 it does "
                      "not. At step 0 (t = 0) all see noise alone: what rises there is how "
                      "unlikely the permuted clip is, not what a model notices.",
-            "tables": [(["", "flat up to step 60", "mean rise %"], table)],
+            "tables": [(["", "flat up to step 60", "mean rise %"], table), (header, levels)],
             "curves": [("sampler's step", curves), ("t (0 noise, 1 data)", by_t)]}
 
 

@@ -716,7 +716,7 @@ class Run:
         if rank() == 0:
             done = {stage: last for stage in ("jam", "base", "control")
                     if (last := self.last(stage))[0] and last[1]["step"] == last[1]["of"]}
-            alike = "step", "lr", "batch", "uniform_t", "t_shift", "origin"
+            alike = "step", "lr", "batch", "uniform_t", "t_shift", "origin", "clips"
             if {"jam", "control"} <= done.keys():
                 jam, control = ({key: done[which][1].get(key) for key in alike}
                                 for which in ("jam", "control"))
@@ -825,7 +825,7 @@ def summary(reports):
     return row
 
 
-def optimize(run, stage, model, load, loss_of, preview, stream, settings):
+def optimize(run, stage, model, load, loss_of, preview, stream, settings, **notes):
     """Trains `model` for a stage's steps, from its last checkpoint on: gradients clipped to norm 1,
     an exponential moving average (EMA) of the weights; a short warm-up, then a constant learning
     rate that falls to zero over the last 30% (a stage made longer goes back up).
@@ -833,7 +833,7 @@ def optimize(run, stage, model, load, loss_of, preview, stream, settings):
     load(step, places, draws) -> the data of places in the batch, in a thread ahead of time, with a
     generator for each, from `stream`; loss_of(data, rows) -> scalar loss, {name: (n,)} to report,
     of some rows of that data; preview(path, step) shows the average in a checkpoint's folder;
-    settings {name: value}: what a stage cannot go on without."""
+    settings {name: value}: what a stage cannot go on without; notes: what is written down only."""
     args, (steps, lr, batch) = run.args, run.setting(stage)
     if batch % (ranks() * args.accumulate):
         raise ValueError(f"{stage}: a batch of {batch} does not divide into {ranks()} processes x "
@@ -927,7 +927,7 @@ def optimize(run, stage, model, load, loss_of, preview, stream, settings):
                 recent = []
             if show or stop or late and not recent:     # so that every step is in one row
                 start = time.time()
-                run.save(stage, step, state, {"of": steps, **settings})
+                run.save(stage, step, state, {"of": steps, **settings, **notes})
                 saved = time.time() + max(0, 20 * (time.time() - start) - CHECKPOINT_SECONDS)
             if show and rank() == 0:
                 try:
@@ -1158,7 +1158,7 @@ def train_dit(run, stage):
     settings = {"origin": origin, "uniform_t": run.args.uniform_t, "t_shift": run.args.t_shift}
     if motion:
         settings["motion_dropout"] = run.args.motion_dropout
-    optimize(run, stage, model, load, loss_of, preview, stream, settings)
+    optimize(run, stage, model, load, loss_of, preview, stream, settings, clips=clips)
 
 
 # ---------------------------------------------------------------- what a run would take

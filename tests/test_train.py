@@ -571,6 +571,9 @@ def test_a_control_that_is_unlike_jam_is_left_out_of_the_bundle(finished, tmp_pa
         _, printed, _ = run(train.main, *flags(out, "--stage", stage, "--steps", "5"))
         assert ("control is left out" in printed) == (stage == "jam")
         assert set(torch.load(out / "model.pt")["dits"]) == dits
+    status = checkpoints(out, "jam")[-1] / "status.json"
+    status.write_text(status.read_text().replace('"clips": 32', '"clips": 16'))    # more since then
+    assert "control is left out" in run(train.main, *flags(out, "--stage", "jam", "--steps", "5"))[1]
 
 
 def test_a_dry_run_knows_the_paper_s_models(run, tmp_path, monkeypatch):
