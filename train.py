@@ -553,9 +553,16 @@ def fill(state, path, alone=False):
     """Reads the tensors of `state` from a checkpoint's folder, with all processes or alone."""
     try:                                            # (DCP detaches what it fills)
         dcp.load(state, checkpoint_id=path, no_dist=alone)
-    except (Exception, dcp.api.CheckpointException):    # (which is no Exception)
-        raise ValueError(f"{path}: damaged, or of another model: delete it, and the same command "
-                         f"goes on from the checkpoint before") from None
+    except (Exception, dcp.api.CheckpointException) as error:       # (which is no Exception)
+        cause = next((cause for cause, _ in getattr(error, "failures", {}).values()), error)
+        raise ValueError(f"{path}: cannot be read ({' '.join(f'{cause!r}'.split())[:200]}): if it "
+                         "is damaged, or of another model, delete it, and the same command goes on "
+                         "from the checkpoint before") from None
+
+
+def complete(path):
+    """Whether a checkpoint's folder has all of it: no process was killed while it was written."""
+    return (path / "status.json").is_file() and (path / ".metadata").is_file()
 
 
 class Run:
@@ -564,6 +571,11 @@ class Run:
         self.args = args
         self.preset = dataclasses.replace(PRESETS[args.preset], sigma=args.sigma)
         self.out, self.device = Path(args.out), args.device
+        if ranks() % args.replicas:
+            raise ValueError(f"--replicas {args.replicas}: does not divide {ranks()} processes")
+        has_tae = args.init or (self.out / "tae.pt").exists()
+        for stage in [args.stage] if args.stage else STAGES[2 * bool(has_tae):]:
+            self.setting(stage)                 # hours before it is needed
         settings = {"version": VERSION, "preset": args.preset, "data": args.data,
                     "flow": args.flow, "rich": args.rich, "seed": args.seed,
                     **json.loads(json.dumps(dataclasses.asdict(self.preset)))}
@@ -614,9 +626,15 @@ class Run:
 
     def setting(self, stage):
         """(steps, learning rate, batch) of a stage: the flags, or the preset's defaults."""
-        flags = self.args.steps, self.args.lr, self.args.batch
-        defaults = DEFAULTS[self.args.preset]["jam" if stage == "control" else stage]
-        return tuple(default if flag is None else flag for flag, default in zip(flags, defaults))
+        args, encoding = self.args, stage == "encode"
+        flags = args.steps, args.lr, None if encoding and args.stage is None else args.batch
+        defaults = DEFAULTS[args.preset]["jam" if stage == "control" else stage]
+        steps, lr, batch = (default if flag is None else flag
+                            for flag, default in zip(flags, defaults))
+        if not encoding and batch % (ranks() * args.accumulate):
+            raise ValueError(f"{stage}: a batch of {batch} does not divide into {ranks()} "
+                             f"processes x {args.accumulate} parts (--batch, --accumulate)")
+        return steps, lr, batch
 
     # the TAE: one file, made by its stage or by --init
 
@@ -645,7 +663,7 @@ class Run:
     def last(self, stage):
         """The folder and the status of a stage's last complete checkpoint, or two None."""
         for path in sorted((self.out / "checkpoints").glob(f"{stage}-*"), reverse=True):
-            if (path / "status.json").is_file() and (path / ".metadata").is_file():
+            if complete(path):
                 return path, read_json(path / "status.json", "step", "of")
         return None, None
 
@@ -668,7 +686,9 @@ class Run:
                    "there is no earlier checkpoint")) from None
         wait_for_all()
         if rank() == 0:
-            for old in sorted((self.out / "checkpoints").glob(f"{stage}-*"))[:-2]:
+            others = sorted(set((self.out / "checkpoints").glob(f"{stage}-*")) - {path})
+            before = [other for other in others if complete(other)][-1:]
+            for old in set(others) - set(before):       # a killed process's halves among them
                 (old / "status.json").unlink(missing_ok=True)
                 shutil.rmtree(old, ignore_errors=True)
 
@@ -745,8 +765,6 @@ def mesh_of(args):
     """torchrun's processes as (shard) or, with --replicas, (replicate, shard); None without it."""
     if not dist.is_initialized():
         return None
-    if ranks() % args.replicas:
-        raise ValueError(f"--replicas {args.replicas}: does not divide {ranks()} processes")
     if args.replicas == 1:
         return init_device_mesh(args.device.type, (ranks(),))
     return init_device_mesh(args.device.type, (args.replicas, ranks() // args.replicas),
@@ -825,19 +843,17 @@ def summary(reports):
     return row
 
 
-def optimize(run, stage, model, load, loss_of, preview, stream, settings, **notes):
+def optimize(run, stage, model, load, losses_of, preview, stream, settings, **notes):
     """Trains `model` for a stage's steps, from its last checkpoint on: gradients clipped to norm 1,
     an exponential moving average (EMA) of the weights; a short warm-up, then a constant learning
     rate that falls to zero over the last 30% (a stage made longer goes back up).
 
     load(step, places, draws) -> the data of places in the batch, in a thread ahead of time, with a
-    generator for each, from `stream`; loss_of(data, rows) -> scalar loss, {name: (n,)} to report,
-    of some rows of that data; preview(path, step) shows the average in a checkpoint's folder;
+    generator for each, from `stream`; losses_of(data, rows) -> functions that give, of some rows of
+    that data, a scalar loss and {name: (n,)} to report each: their mean is the loss, computed and
+    led back one at a time. preview(path, step) shows the average in a checkpoint's folder;
     settings {name: value}: what a stage cannot go on without; notes: what is written down only."""
     args, (steps, lr, batch) = run.args, run.setting(stage)
-    if batch % (ranks() * args.accumulate):
-        raise ValueError(f"{stage}: a batch of {batch} does not divide into {ranks()} processes x "
-                         f"{args.accumulate} parts (--batch, --accumulate)")
     local, each = batch // ranks(), batch // ranks() // args.accumulate
     compiled = args.compile and isinstance(model, DiT)
     say(f"{stage}: {steps} steps, lr {lr:g}, batch {batch} = {ranks()} processes x "
@@ -873,20 +889,23 @@ def optimize(run, stage, model, load, loss_of, preview, stream, settings, **note
     begun, saved, recent, bad, skipped = time.time(), time.time(), [], [], 0
     every = max(1, min(50, steps // 10))
     bar = tqdm(total=steps, initial=step, desc=stage, smoothing=.05, disable=rank() > 0)
-    stopped = []                                    # Ctrl-C waits for the end of the step
-    handler = signal.signal(signal.SIGINT, lambda *_: stopped.append(True))
+    stopped = []                # Ctrl-C (or a cluster's SIGTERM) waits for the end of the step
+    handlers = {number: signal.signal(number, lambda *_: stopped.append(True))
+                for number in (signal.SIGINT, signal.SIGTERM)}
     batches = iter(ahead)
     try:
         for data in batches:
             rate = lr * min(1, (step + 1) / min(200, steps / 10 + 1), (steps - step) / (.3 * steps))
             for optimizer in optimizing:
                 optimizer.param_groups[0]["lr"] = rate
+            before = len(recent)
             for part in range(args.accumulate):
-                rows = range(part * each, (part + 1) * each)
-                with autocast(run.device, args.precision):
-                    loss, report = loss_of(data, rows)
-                (loss / args.accumulate).backward()
-                recent.append({k: v.detach() for k, v in report.items()})
+                losses = losses_of(data, range(part * each, (part + 1) * each))
+                for compute in losses:
+                    with autocast(run.device, args.precision):
+                        loss, report = compute()
+                    (loss / args.accumulate / len(losses)).backward()
+                    recent.append({k: v.detach() for k, v in report.items()})
             norm = torch.nn.utils.clip_grad_norm_(weights.values(), 1.)
             norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
             if norm.isfinite():
@@ -900,7 +919,7 @@ def optimize(run, stage, model, load, loss_of, preview, stream, settings, **note
                 bad.append((step + 1, recent[-1].get("t")))
                 skipped += 1
                 say(f"{stage}: step {step + 1} is not finite and is skipped")
-                recent = recent[:-args.accumulate]
+                recent = recent[:before]
             model.zero_grad()
             step += 1
             bar.update()
@@ -932,13 +951,16 @@ def optimize(run, stage, model, load, loss_of, preview, stream, settings, **note
             if show and rank() == 0:
                 try:
                     preview(run.last(stage)[0], step)
-                except ValueError as error:
-                    say(f"{stage}: no preview of step {step}: {error}")
+                except (ValueError, RuntimeError) as error:         # (too little memory is one)
+                    say(f"{stage}: no preview of step {step}: {' '.join(str(error).split())[:200]}")
+            if show:            # (a group of --replicas would wait minutes only, not hours)
+                wait_for_all()
             if stop or show and agreed(run.device, bool(stopped))[0]:
                 raise ValueError(f"stopped at step {step} of {stage}: the same command goes on")
     finally:
         batches.close()
-        signal.signal(signal.SIGINT, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         bar.close()
     seconds = time.time() - begun
     say(f"{stage}: {(steps - first) * batch / seconds:.1f} clips a second; waited for data "
@@ -951,23 +973,27 @@ def optimize(run, stage, model, load, loss_of, preview, stream, settings, **note
 def train_tae(run):
     """The auto-encoder of videos and their RGB flow alike; then its latents' bases."""
     torch.manual_seed(run.args.seed)
-    tae, (_, _, batch) = TAE(run.preset.tae), run.setting("tae")
+    tae = TAE(run.preset.tae)
     if run.init:
         return say(f"tae: that of {run.args.init}")
     if run.last("tae")[1] is None and (run.out / "tae.pt").exists():
         return say("tae: it is there already")
-    world = run.world                       # opened here, not in a thread that reads ahead
+    (_, _, batch), world = run.setting("tae"), run.world    # opened here, not in a reading thread
+    tae.encoder.recompute = tae.decoder.recompute = run.args.recompute
 
     def load(step, places, draws):
         video, _, extra, _ = world.training([step * batch + place for place in places])
         return video, extra, draws
 
-    def loss_of(data, rows):
+    def losses_of(data, rows):
         video, extra, draws = (part[rows.start:rows.stop] for part in data)
         video = video.to(run.device)
-        clips = torch.cat([video, world.motion(video, extra)])
-        loss = tae_loss(tae, clips, generator=draws + draws)
-        return loss, {"loss": loss[None]}
+
+        def loss_of(clips):
+            loss = tae_loss(tae, clips, generator=draws)
+            return loss, {"loss": loss[None]}
+
+        return [functools.partial(loss_of, clips) for clips in (video, world.motion(video, extra))]
 
     def preview(path, step):
         whole = run.average(path, TAE(run.preset.tae)).to(run.device).requires_grad_(False)
@@ -983,12 +1009,13 @@ def train_tae(run):
         write_video(run.out / f"previews/tae-{step:06d}.mp4", grid(*pairs[0], *pairs[1]),
                     run.preset.fps)
 
-    optimize(run, "tae", distribute(tae, run), load, loss_of, preview, "tae", {})
+    optimize(run, "tae", distribute(tae, run), load, losses_of, preview, "tae", {})
     path, done = run.finished("tae")
     origin = f"step {done}"
     if rank() == 0 and not ((run.out / "tae.pt").exists()
                             and read_file(run.out / "tae.pt", "tae")["origin"] == origin):
         whole = run.average(path, TAE(run.preset.tae)).to(run.device).requires_grad_(False)
+        whole.encoder.recompute = whole.decoder.recompute = run.args.recompute
         few = batch // ranks() // run.args.accumulate   # clips that have fitted in training
 
         def clips(motion):
@@ -1139,26 +1166,32 @@ def train_dit(run, stage):
                          shift=run.args.t_shift, generator=draws,
                          motion_dropout=run.args.motion_dropout)
 
-    def loss_of(data, rows):
+    def losses_of(data, rows):
         t, z_t, y, v = (part[rows.start:rows.stop].to(run.device) for part in data)
-        errors = squared_errors(model, t, z_t, y, v)
-        report = {"t": t, "loss_x": errors[:, :C].mean(1)}
-        if motion:
-            report["loss_d"] = errors[:, C:].mean(1)
-        return errors.mean(), report
+
+        def loss():
+            errors = squared_errors(model, t, z_t, y, v)
+            report = {"t": t, "loss_x": errors[:, :C].mean(1)}
+            if motion:
+                report["loss_d"] = errors[:, C:].mean(1)
+            return errors.mean(), report
+
+        return [loss]
 
     def preview(path, step):
         dtype = torch.bfloat16 if run.device.type == "cuda" else torch.float32
         dit = run.whole_dit(path, stage, dtype).to(run.device)
         captions = world.held_out(8)[1]         # (their flow would be RAFT's work for nothing)
         bundle = VideoJAM(run.preset, run.tae(), dit, stage)
-        shown = [part.cpu() for part in bundle.generate(captions, steps=30) if part is not None]
+        each = 1 if run.args.recompute else 8       # what is large is sampled one by one
+        shown = [part.cpu() for part in bundle.generate(captions, steps=30, batch=each)
+                 if part is not None]
         write_video(run.out / f"previews/{stage}-{step:06d}.mp4", grid(*shown), run.preset.fps)
 
     settings = {"origin": origin, "uniform_t": run.args.uniform_t, "t_shift": run.args.t_shift}
     if motion:
         settings["motion_dropout"] = run.args.motion_dropout
-    optimize(run, stage, model, load, loss_of, preview, stream, settings, clips=clips)
+    optimize(run, stage, model, load, losses_of, preview, stream, settings, clips=clips)
 
 
 # ---------------------------------------------------------------- what a run would take
@@ -1206,6 +1239,10 @@ def dry_run(args):
     for dit.recompute in (False, True):
         kept.append(saved_bytes(lambda: dit(z, t, y)))
     kept[1] += kept[0] / len(dit.blocks)            # what the block that is recomputed keeps
+    tae, video, coded = tae.to(torch.bfloat16), video.to(torch.bfloat16), []
+    for again in (False, True):
+        tae.encoder.recompute = tae.decoder.recompute = again
+        coded.append(saved_bytes(lambda: tae.pixels(tae.posterior(video)[0])))
     tokens = shape[1] * (shape[2] // preset.dit.patch) * (shape[3] // preset.dit.patch)
     steps, _, batch = (given or default for given, default in
                        zip((args.steps, None, args.batch), DEFAULTS[args.preset]["jam"]))
@@ -1234,7 +1271,8 @@ def dry_run(args):
         ("FLOPs a clip, encoding (once)", f"{2 * F_encode / 1e12:,.2f} T and RAFT"),
         *[(name, f"{size / 1e9:,.2f} GB") for name, size in memory.items()],
         (f"  activations of {clips} clips", both(kept, "GB", 1e9)),
-        ("  in all", both([sum(memory.values()) + size for size in kept], "GB", 1e9))]
+        ("  in all", both([sum(memory.values()) + size for size in kept], "GB", 1e9)),
+        ("stage tae: activations of a clip", both(coded, "GB", 1e9) + " and as much in a layer")]
     for name, flops in zip(("time", "time, with recomputation"), training):
         seconds = steps * batch * flops / (world * args.tflops * 1e12)
         rows.append((name, f"{seconds / 3600:,.1f} h = {seconds * world / 3600:,.0f} GPU-hours"))
@@ -1261,7 +1299,7 @@ def parse():
                         "of each video)")
     parser.add_argument("--lr", type=float, help="learning rate of each stage run")
     parser.add_argument("--batch", type=int, help="clips in a step of each stage run, on all "
-                        "GPUs; in encode, on each")
+                        "GPUs; with --stage encode, on each")
     parser.add_argument("--accumulate", type=int, default=1, help="parts that a process's share of "
                         "the batch is computed in, one after the other")
     parser.add_argument("--flow", choices=("exact", "raft"), help="where motion comes from; "
@@ -1355,7 +1393,10 @@ def main():
         return dry_run(args)
     if "RANK" in os.environ:                                            # torchrun started us
         if args.device.type == "cuda":
-            args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            local, GPUs = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if local >= GPUs:
+                raise ValueError(f"this machine has {GPUs} GPUs: --nproc_per_node={GPUs} at most")
+            args.device = torch.device("cuda", local)
             torch.cuda.set_device(args.device)
         join("nccl" if args.device.type == "cuda" else "gloo")
     run = Run(args)

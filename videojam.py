@@ -89,6 +89,17 @@ class Upsample(nn.Module):
         return self.conv(x.permute(0, 2, 3, 4, 1))
 
 
+class Layers(nn.Sequential):
+    """nn.Sequential whose layers' activations can be recomputed in the backward pass."""
+    recompute = False                   # less memory: the paper's clips do not fit without
+
+    def forward(self, x):
+        for layer in self:
+            x = checkpoint(layer, x, use_reentrant=False) if self.recompute and \
+                torch.is_grad_enabled() else layer(x)
+        return x
+
+
 class TAE(nn.Module):
     """Movie Gen's Temporal Auto-Encoder: (B, T, 3, H, W) <-> (B, C, T', H', W'), where
     T' = ceil(T / time), H' = H / space, W' = W / space by the config's compression. Latents of
@@ -98,13 +109,13 @@ class TAE(nn.Module):
         self.config, w, p = config, config.widths, config.patch
         blocks = [[ResBlock(width) for _ in range(config.blocks)] for width in w]
         downs = [SpaceTimeConv(*pair) for pair in zip(w, w[1:], config.strides)]
-        self.encoder = nn.Sequential(
+        self.encoder = Layers(
             SpaceTimeConv(3 * p * p, w[0]), *blocks[0],
             *[layer for down, level in zip(downs, blocks[1:]) for layer in (down, *level)],
             SpaceTimeConv(w[-1], 2 * config.channels))
         blocks = [[ResBlock(width) for _ in range(config.blocks)] for width in w]
         ups = [Upsample(*pair) for pair in zip(w[1:], w, config.strides)]
-        self.decoder = nn.Sequential(
+        self.decoder = Layers(
             SpaceTimeConv(config.channels, w[-1]), *blocks[-1],
             *[layer for up, level in zip(ups[::-1], blocks[-2::-1]) for layer in (up, *level)],
             SpaceTimeConv(w[0], 3 * p * p))

@@ -213,6 +213,10 @@ def ctrl_c():
     signal.raise_signal(signal.SIGINT)
 
 
+def sigterm():
+    signal.raise_signal(signal.SIGTERM)
+
+
 def breaks_at(monkeypatch, owner, name, call, how):
     """The call-th call of owner.name is interrupted before it does anything."""
     original, count = getattr(owner, name), []
@@ -257,6 +261,14 @@ def test_interrupted_anywhere_and_started_again_ends_the_same_to_the_bit(
     if stage == "tae":
         assert equal(torch.load(out / "tae.pt"), torch.load(finished / "tae.pt"))
     assert rows(out, stage) == rows(finished, stage)                    # nor is any row there twice
+
+
+def test_a_clusters_sigterm_ends_the_step_too(finished, tmp_path, run, quick, monkeypatch):
+    out, before = begun(finished, tmp_path / "run", "jam"), signal.getsignal(signal.SIGTERM)
+    breaks_at(monkeypatch, train, "squared_errors", 2, sigterm)
+    code, _, err = run(train.main, *flags(out, "--stage", "jam"))
+    assert code == 2 and "stopped at step 2 of jam: the same command goes on" in err
+    assert checkpoint(out, "jam")["step"] == 2 and signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_stage_that_is_done_is_left_alone_and_can_be_made_longer(finished, tmp_path, run, quick):
@@ -353,11 +365,11 @@ def at_once(*commands):
 
 def test_two_processes_are_one_and_checkpoints_come_back_on_another_number(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    at_once(command(0, one), command(2, two, "--accumulate", "2"))
+    at_once(command(0, one), command(2, two, "--accumulate", "2", "--recompute"))
     for stage in ("tae", "base", "jam", "control"):
         alone, shared = losses(one, stage), losses(two, stage)
         assert [row["step"] for row in alone] == list(range(1, 11))
-        assert alone == [pytest.approx(row, rel=1e-5) for row in shared]
+        assert alone == [pytest.approx(row, rel=2e-5) for row in shared]
     # the last 2 of 10 steps again, on the other number of processes
     whole = [checkpoint(out, "jam") for out in (one, two)]
     for out in (one, two):
@@ -486,6 +498,18 @@ def test_an_unfinished_checkpoint_is_never_resumed_from(finished, tmp_path, run,
     assert equal(checkpoint(out, "jam"), checkpoint(finished, "jam"))
 
 
+def test_halves_of_checkpoints_do_not_push_out_the_last_whole_ones(finished, tmp_path, run, quick):
+    """Of two kills while steps 90 and 100 were written, and others since."""
+    out = begun(finished, tmp_path / "run", "jam")
+    for step in (90, 100):
+        half = out / f"checkpoints/jam-{step:09d}"
+        half.mkdir()
+        (half / "__0_0.distcp").write_bytes(b"half")
+    assert run(train.main, *flags(out, "--stage", "jam"))[0] == 0
+    assert [path.name for path in checkpoints(out, "jam")] == ["jam-000000002", "jam-000000003"]
+    assert equal(checkpoint(out, "jam"), checkpoint(finished, "jam"))
+
+
 # ---------------------------------------------------------------- starting points and dry runs
 
 
@@ -573,7 +597,8 @@ def test_a_control_that_is_unlike_jam_is_left_out_of_the_bundle(finished, tmp_pa
         assert set(torch.load(out / "model.pt")["dits"]) == dits
     status = checkpoints(out, "jam")[-1] / "status.json"
     status.write_text(status.read_text().replace('"clips": 32', '"clips": 16'))    # more since then
-    assert "control is left out" in run(train.main, *flags(out, "--stage", "jam", "--steps", "5"))[1]
+    _, printed, _ = run(train.main, *flags(out, "--stage", "jam", "--steps", "5"))
+    assert "control is left out" in printed
 
 
 def test_a_dry_run_knows_the_paper_s_models(run, tmp_path, monkeypatch):
@@ -673,8 +698,9 @@ def test_damaged_files_and_latents_of_another_tae_are_refused(finished, tmp_path
     for part in checkpoints(out, "base")[-1].glob("*.distcp"):
         part.write_bytes(part.read_bytes()[:1000])
     for stage in "base", "jam":
-        assert f"{checkpoints(out, 'base')[-1]}: damaged" in refuses(
-            train.main, *flags(out, "--stage", stage, "--steps", 9))
+        complaint = refuses(train.main, *flags(out, "--stage", stage, "--steps", 9))
+        assert f"{checkpoints(out, 'base')[-1]}: cannot be read (" in complaint
+        assert "if it is damaged, or of another model, delete it" in complaint
     settings = json.loads((out / "settings.json").read_text())
     (out / "settings.json").write_text(json.dumps({**settings, "version": 2}))
     assert f"begun with version 2, not {train.VERSION}: take another --out" in refuses(

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from conftest import ROOT, TINY, bad_weights, randomised, tiny_dit
 from torch import nn
 
+from train import saved_bytes
 from videojam import (END, GUIDANCE, PAD, PRESETS, TAE, DiT, SpaceTimeConv, VideoJAM, attend,
                       corrupted, drop, euler_sample, flow_matching_loss, guided_velocity,
                       joint_loss, linear_quadratic, noised, null_text, patchify, sample_t, tae_loss,
@@ -97,6 +98,25 @@ def test_fit_basis_makes_errors_as_large_as_they_look():
     gram = matrix.T @ matrix
     torch.testing.assert_close(gram / gram[0, 0], torch.eye(4), atol=.25, rtol=0)
     assert torch.equal(tae.basis[0], torch.eye(4)) and not tae.mean[0].any()    # videos' untouched
+
+
+@pytest.mark.parametrize("model", ("tae", "dit"))
+def test_recomputation_gives_the_same_gradients_and_keeps_less(model):
+    tae, dit = randomised(TAE(TINY.tae), std=.1), tiny_dit()
+    video, parts = torch.rand(2, 5, 3, 16, 16), {"tae": [tae.encoder, tae.decoder], "dit": [dit]}
+    z = torch.randn(2, 8, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    loss = {"tae": lambda: tae_loss(tae, video, generator=torch.Generator().manual_seed(1)),
+            "dit": lambda: dit(z, .3, tokenize(["a red square", "b"])).square().mean()}[model]
+    gradients, kept = [], []
+    for again in (False, True):
+        for part in parts[model]:
+            part.recompute = again
+        kept.append(saved_bytes(loss))
+        module = tae if model == "tae" else dit
+        gradients.append(torch.autograd.grad(loss(), list(module.parameters())))
+    assert kept[1] < kept[0] / 2
+    for plain, recomputed in zip(*gradients):
+        assert torch.equal(plain, recomputed)
 
 
 def test_tae_loss_is_l1_and_mse_and_kl_and_the_outlier_penalty():
