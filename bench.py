@@ -14,6 +14,7 @@ motion that the prompt names: least squares over the scene's own physics, in px.
 import argparse
 import base64
 import dataclasses
+import functools
 import html
 import itertools
 import json
@@ -104,11 +105,8 @@ def blobs(mask, least):
     """How many connected regions (corners connect) of at least `least` pixels (T, S, S) has."""
     T, S, _ = mask.shape
     label = torch.arange(1., S * S + 1).view(1, S, S) * mask
-    while True:                                         # the largest label spreads over its region
-        spread = F.max_pool2d(label, 3, 1, 1) * mask
-        if torch.equal(spread, label):
-            break
-        label = spread
+    while not torch.equal(spread := F.max_pool2d(label, 3, 1, 1) * mask, label):
+        label = spread                                  # the largest spreads over its region
     sizes = torch.zeros(T, S * S + 1)
     sizes.scatter_add_(1, label.flatten(1).long(), mask.float().flatten(1))
     return (sizes[:, 1:] >= least).sum(1)
@@ -365,30 +363,24 @@ class World:
         self.config, self.tae = self.models["jam"].config, self.models["jam"].tae
         self.video, self.flow, self.captions, self.scenes = held_out_clips(
             args.n, self.config.frames, self.config.size)
-        self.done = {}
         self.also = {run: VideoJAM.load(run / "model.pt", device=self.device)
                      for run in args.also or ()}
 
+    @functools.cache
     def sample(self, which="jam", **options):
         """Video and RGB motion for the prompts (--seeds times all of them, one after the other);
         sample i starts from the noise of HELD_OUT + i."""
-        key = which, *sorted(options.items())
-        if key not in self.done:
-            defaults = {"steps": self.args.steps, "w1": self.args.w1, "w2": self.args.w2}
-            made = (self.models | self.also)[which].generate(
-                self.captions * self.args.seeds, seed=HELD_OUT, batch=50,
-                progress=f"{which} {options or ''}", **{**defaults, **options})
-            self.done[key] = tuple(None if part is None else part.cpu() for part in made)
-        return self.done[key]
-
-    def rgb(self, flow):
-        return flow_to_rgb(flow, self.config.sigma)
+        defaults = {"steps": self.args.steps, "w1": self.args.w1, "w2": self.args.w2}
+        made = (self.models | self.also)[which].generate(
+            self.captions * self.args.seeds, seed=HELD_OUT, batch=50,
+            progress=f"{which} {options or ''}", **{**defaults, **options})
+        return tuple(None if part is None else part.cpu() for part in made)
 
     @torch.no_grad()
     def latents(self, video, flow):
         """Latents x1, d1 of clips and of their flow, and noise x0, d0 for them, on the device."""
         x1 = self.tae.encode(video.to(self.device))
-        d1 = self.tae.encode(self.rgb(flow.to(self.device)), True)
+        d1 = self.tae.encode(flow_to_rgb(flow.to(self.device), self.config.sigma), True)
         generator = torch.Generator().manual_seed(HELD_OUT)
         return x1, d1, *(torch.randn(x1.shape, generator=generator).to(x1) for _ in range(2))
 
@@ -400,7 +392,7 @@ class World:
 
     @property
     def ceilings(self):
-        return {"real clips": (self.video, self.rgb(self.flow)),
+        return {"real clips": (self.video, flow_to_rgb(self.flow, self.config.sigma)),
                 "through the TAE": (self.coded(self.video), None)}
 
 
@@ -725,13 +717,13 @@ def speed(args):
     product = torch.randn(side, side, dtype=fast_dtype(device), device=device)
     peak = 2 * side ** 3 / median_time(lambda: product @ product, device)
 
-    def training(dit, data):
+    def training(dit, data, place=device):
         optimizing = optimizers(dit, 0.)
 
         def gradients():
             dit.zero_grad()
             with autocast(device):
-                loss = squared_errors(dit, *(part.to(device) for part in data)).mean()
+                loss = squared_errors(dit, *(part.to(place) for part in data)).mean()
             loss.backward()
 
         def step():
@@ -739,12 +731,6 @@ def speed(args):
             for optimizer in optimizing:
                 optimizer.step()
         return step, gradients
-
-    def training_flops(config, data):
-        with torch.device("meta"):
-            dit = DiT(config)
-        return flops_of(lambda: squared_errors(
-            dit, *(part.to("meta") for part in data)).mean().backward())
 
     def sampling(dit, mode):
         x, text, times = torch.randn(B, *shape, device=device), y.to(device), linear_quadratic(4)
@@ -764,7 +750,8 @@ def speed(args):
         z1 = torch.randn(B, shape[0] * (1 + dit.config.motion), *shape[1:])
         data = corrupted(z1, y, shape[0])
         steps[which], gradients[which] = training(dit.train(), data)
-        flops[which] = training_flops(dit.config, data)
+        with torch.device("meta"):
+            flops[which] = flops_of(training(DiT(dit.config), data, "meta")[1])
     steps["base, without the optimizers"] = gradients["base"]
     flops["base, without the optimizers"] = flops["base"]
     clips = max(1, 2 ** 19 // (preset.frames * preset.size ** 2))       # 8 of the toy's

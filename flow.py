@@ -645,9 +645,6 @@ class RAFT(nn.Module):
             flows.append(coords - start)
         return flows
 
-    def device(self):
-        return next(self.parameters()).device
-
     @staticmethod
     def layout(H, W):
         """The size that frames are enlarged to, and the padding (left, right, top, bottom)."""
@@ -725,12 +722,12 @@ def estimate_flow(raft, video, iters=12):
     """video (B, T, 3, H, W) in [0, 1] -> flow (B, T, 2, H, W) in px, the last one repeated.
 
     Each frame's features are computed once, memory does not grow with T apart from the result, and
-    products are in bf16 where that is fast.
+    products are in bf16 where that is fast, on the device that raft is on.
     ValueError where the video has another shape, one frame only, or NaN or infinite pixels."""
     if video.dim() != 5 or video.shape[2] != 3 or not video.is_floating_point():
         raise ValueError(f"a video is (B, T, 3, H, W) in [0, 1], this one is "
                          f"{tuple(video.shape)}, {str(video.dtype)[6:]}")
-    video = video.float()
+    video = video.to(next(raft.parameters()).device, torch.float32)
     B, T, _, H, W = video.shape
     if T < 2:
         raise ValueError("flow needs two frames at least, the video has one")
@@ -975,7 +972,7 @@ def validate(raft, out, clips=4):
             "scenes": (torch.stack([first, second], 1), flow.unsqueeze(1))}
     scores, rows = {}, []
     for name, (video, truth) in data.items():
-        flow = estimate_flow(raft, video.to(raft.device())).cpu()
+        flow = estimate_flow(raft, video).cpu()
         flow = flow[:, :truth.shape[1]]             # scenes are one pair, with one flow
         scores[name] = (flow - truth).norm(dim=2)[truth.norm(dim=2) > .05].median().item()
         k = video.shape[1] // 2 - 1
@@ -1106,7 +1103,7 @@ def evaluate(raft, folder):
         pair = [read_image(first), read_image(first.with_stem("frame11"))]
         if not pair[0].shape[1:] == pair[1].shape[1:] == known.shape:
             raise ValueError(f"{first}: its frames and flow are of different sizes")
-        flow = estimate_flow(raft, torch.stack(pair)[None].to(raft.device()))[0, 0].cpu()
+        flow = estimate_flow(raft, torch.stack(pair)[None])[0, 0].cpu()
         error = (flow - truth).norm(dim=0)[known]
         still = truth.norm(dim=0)[known].mean().item()
         rows.append((first.parent.name, error.mean().item(), still))
@@ -1137,8 +1134,7 @@ def render_flow(raft, path, chunk=16):
                 frames.append(torch.frombuffer(bytearray(data), dtype=torch.uint8).view(
                     height, width, 3).permute(2, 0, 1) / 255)
             if len(frames) > 1 and (data is None or len(frames) > chunk):
-                clip = torch.stack(frames)[None].to(raft.device())
-                flow = estimate_flow(raft, clip)[0, :-1].cpu()
+                flow = estimate_flow(raft, torch.stack(frames)[None])[0, :-1].cpu()
                 size = flow.norm(dim=1)
                 total, largest = total + size.sum().item(), max(largest, size.max().item())
                 count += size.numel()

@@ -233,9 +233,6 @@ class Sprites:
         """What encode takes: n clips in all."""
         return list(range(n))
 
-    def holds(self, key):
-        return True
-
     def caption(self, key, known):
         return known
 
@@ -326,14 +323,12 @@ class Folder:
             keys += [(name, int(start), video["stamp"][0]) for start in starts]
         return keys
 
-    def holds(self, key):
-        """Whether the video of a clip that was encoded earlier is still there."""
-        name, _, size = key
-        return name in self.videos and self.videos[name]["stamp"][0] == size
-
     def caption(self, key, known):
-        """A clip's caption as it is now; `known` is what it was when the clip was encoded."""
-        return self.videos[key[0]]["caption"]
+        """A clip's caption as it is now; None where its video is gone or another. (`known`: what it
+        was when the clip was encoded.)"""
+        name, _, size = key
+        video = self.videos.get(name)
+        return video["caption"] if video and video["stamp"][0] == size else None
 
     def read_one(self, name, start):
         return read_clip(self.folder / name, start, self.preset.frames, self.preset.fps,
@@ -727,7 +722,7 @@ class Run:
     def whole_dit(self, path, stage, dtype=torch.float32):
         """A stage's DiT, averaged, on this process alone."""
         with torch.device("meta"):
-            dit = self.new_dit(motion=stage == "jam")
+            dit = DiT(dataclasses.replace(self.preset.dit, motion=stage == "jam"))
         dit = dit.to(dtype).to_empty(device="cpu").requires_grad_(False)
         return self.average(path, dit)
 
@@ -754,9 +749,6 @@ class Run:
                 say(f"python sample.py --run {self.out} "
                     + f"--which {which} " * (which != "jam") + '"a red square moves left"')
         wait_for_all()
-
-    def new_dit(self, motion=False):
-        return DiT(dataclasses.replace(self.preset.dit, motion=motion))
 
 
 # ---------------------------------------------------------------- on one GPU or many
@@ -814,15 +806,19 @@ def assign(parameter, whole):
 MOTION_ROWS = {"W_in.weight": 1, "W_out.weight": 0}     # the two layers of Sec. 4.2 and their axes
 
 
-def begin_from(model, read, C, add_motion):
-    """Weights of another DiT for this one, sharded or not: read({name: tensor}) fills tensors.
+def begin_from(model, source, C, add_motion):
+    """Weights of another DiT, {name: tensor} or a checkpoint's path, for this one, sharded or not.
     add_motion: the other has no motion, of which this one therefore knows nothing (Sec. 4.2)."""
     wanted, narrow = dict(model.named_parameters()), {}
     for name, axis in MOTION_ROWS.items() if add_motion else ():
         shape = list(wanted[name].shape)
         shape[axis] //= 2
         narrow[name] = torch.empty(shape)
-    read({**wanted, **narrow})
+    if isinstance(source, dict):
+        for name, tensor in {**wanted, **narrow}.items():
+            assign(tensor, source[name])
+    else:
+        fill({"ema": {**wanted, **narrow}}, source)
     for name, weight in narrow.items():
         assign(wanted[name], widen(weight, MOTION_ROWS[name], C, channel_last=True))
 
@@ -1051,7 +1047,8 @@ def encode(run):
             manifest = read_json(path, "tae", "shards")
         dropped = 0
         for s, keys in enumerate(manifest["shards"]):
-            held, done = [key for key in keys if world.holds(key)], folder / f"{s:06d}.json"
+            held = [key for key in keys if world.caption(key, "") is not None]
+            done = folder / f"{s:06d}.json"
             if len(held) < len(keys):
                 dropped += len(keys) - len(held)
                 done.unlink(missing_ok=True)        # before the manifest: it has to be made again
@@ -1123,25 +1120,16 @@ def train_dit(run, stage):
     world = run.world                       # opened by all, before rank 0 alone shows a preview
     motion, C = stage == "jam", run.preset.tae.channels
     with torch.device("meta"):
-        model = run.new_dit(motion)
+        model = DiT(dataclasses.replace(run.preset.dit, motion=motion))
     model.recompute = run.args.recompute
     given = run.init[2] if run.init else {}
-    which = stage if stage in given else "base"
+    which, origin, source = stage if stage in given else "base", None, None
     if stage in given or "base" in given and run.last("base")[0] is None:
         origin = f"{'its own' if which == stage else which} of --init {run.args.init}"
         source = given[which].state_dict()
-
-        def read(tensors):
-            for name, tensor in tensors.items():
-                assign(tensor, source[name])
     elif stage != "base":
-        path, base_step = run.finished("base")
+        source, base_step = run.finished("base")
         origin = f"base at step {base_step}"
-
-        def read(tensors):
-            fill({"ema": tensors}, path)
-    else:
-        origin, read = None, None
     latents = Latents(run.out / "latents")
     if not latents.captions:
         raise ValueError(f"{run.out}: has no latents yet, run --stage encode first")
@@ -1152,8 +1140,8 @@ def train_dit(run, stage):
     clips, batch = len(latents.captions), run.setting(stage)[2]
     longest = max(tokenize([caption], most).shape[1] for caption in set(latents.captions))
     model = distribute(model, run)
-    if read and run.last(stage)[0] is None:
-        begin_from(model, read, C, add_motion=motion and which == "base")
+    if source and run.last(stage)[0] is None:
+        begin_from(model, source, C, add_motion=motion and which == "base")
     # the control's draws are jam's: the same clips, noise of x, times and dropped prompts
     stream = "base" if stage == "base" else "fine-tuning"
 
@@ -1250,11 +1238,8 @@ def dry_run(args):
     training, kept = [3 * F_forward, 4 * F_forward], [clips * size for size in kept]
     memory = {"memory a GPU: weights, fp32": 4 * P / world, "  gradients, fp32": 4 * P / world,
               "  moments of Muon and AdamW, fp32": 4 * moments / world,
-              "  average (EMA), fp32": 4 * P / world}
-    if world > 1:
-        memory["  two layers gathered, bf16"] = 4 * layer
-    else:
-        memory["  bf16 copy of a layer"] = 2 * layer
+              "  average (EMA), fp32": 4 * P / world,
+              "  layers in bf16": (4 if world > 1 else 2) * layer}    # two gathered; or one copied
 
     def both(pair, unit, scale):
         plain, again = (f"{value / scale:,.2f} {unit}" for value in pair)

@@ -516,7 +516,7 @@ def test_halves_of_checkpoints_do_not_push_out_the_last_whole_ones(finished, tmp
 def test_jam_begins_as_the_base_with_add_motion(finished, tmp_path, run, quick, monkeypatch):
     """From the base stage, in full precision, and from a bundle that has a base alone."""
     seen = []
-    monkeypatch.setattr(train, "optimize", lambda run, stage, model, *rest: seen.append(model))
+    monkeypatch.setattr(train, "optimize", lambda *rest, **notes: seen.append(rest[2]))
     monkeypatch.setattr(train.Run, "export", lambda run: None)
     bundle = torch.load(finished / "model.pt")
     torch.save({**bundle, "dits": {"base": bundle["dits"]["base"]}}, tmp_path / "base.pt")
