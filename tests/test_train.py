@@ -64,6 +64,12 @@ def finished(tiny, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(finished):
+    """Its last checkpoints: read once."""
+    return {stage: checkpoint(finished, stage) for stage in ("tae", "jam")}
+
+
 @pytest.fixture
 def quick(monkeypatch):
     """Previews cost more than tiny steps do: they stay empty."""
@@ -233,13 +239,14 @@ def breaks_at(monkeypatch, owner, name, call, how):
 @pytest.mark.parametrize("how, seconds", [(ctrl_c, 60), (power_cut, 60), (power_cut, -1)],
                          ids=["ctrl-c", "killed before a checkpoint", "killed after one"])
 @pytest.mark.parametrize("stage, owner, name, call", [
-    ("tae", train, "tae_loss", 3), ("tae", torch, "_foreach_lerp_", 3),
-    ("tae", TAE, "posterior", 75),      # amid the final statistics, which begin with the 69th call
+    ("tae", train, "tae_loss", 3),      # (half of a step: there are two)
+    ("tae", TAE, "posterior", 75),      # amid the final statistics, which begin with the 73rd call
     ("jam", train, "squared_errors", 2), ("jam", torch, "_foreach_lerp_", 2),
     ("jam", train, "write_video", 2),
     ("jam", torch.nn.utils, "clip_grad_norm_", 3)])
 def test_interrupted_anywhere_and_started_again_ends_the_same_to_the_bit(
-        finished, tmp_path, run, quick, monkeypatch, stage, owner, name, call, how, seconds):
+        finished, uninterrupted, tmp_path, run, quick, monkeypatch, stage, owner, name, call, how,
+        seconds):
     out = begun(finished, tmp_path / "parts", stage)
     signal.signal(signal.SIGINT, signal.default_int_handler)    # a job in the background has none
     with monkeypatch.context() as patch:
@@ -257,7 +264,7 @@ def test_interrupted_anywhere_and_started_again_ends_the_same_to_the_bit(
             with open(out / "metrics.jsonl", "a") as file:
                 file.write('{"stage": "ta')
     assert run(train.main, *flags(out, "--stage", stage))[0] == 0
-    assert equal(checkpoint(out, stage), checkpoint(finished, stage))
+    assert equal(checkpoint(out, stage), uninterrupted[stage])
     if stage == "tae":
         assert equal(torch.load(out / "tae.pt"), torch.load(finished / "tae.pt"))
     assert rows(out, stage) == rows(finished, stage)                    # nor is any row there twice
@@ -469,8 +476,8 @@ def test_steps_that_are_not_finite_are_skipped_and_ten_in_a_row_end_the_run(
         assert all(weight.isfinite().all() for weight in weights)
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(finished, tmp_path, refuses, run, quick,
-                                                            monkeypatch):
+def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(
+        finished, uninterrupted, tmp_path, refuses, run, quick, monkeypatch):
     out, original = begun(finished, tmp_path / "run", "jam"), train.dcp.save
 
     def full(state, checkpoint_id, **options):
@@ -485,20 +492,22 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(finished, tmp_path, 
     assert "No space left on device; the checkpoint of step 1 is whole" in complaint
     assert [path.name for path in checkpoints(out, "jam")] == ["jam-000000001"]
     assert run(train.main, *flags(out, "--stage", "jam"))[0] == 0
-    assert equal(checkpoint(out, "jam"), checkpoint(finished, "jam"))
+    assert equal(checkpoint(out, "jam"), uninterrupted["jam"])
 
 
 @pytest.mark.parametrize("missing", ("status.json", ".metadata"))
-def test_an_unfinished_checkpoint_is_never_resumed_from(finished, tmp_path, run, quick, missing):
+def test_an_unfinished_checkpoint_is_never_resumed_from(
+        finished, uninterrupted, tmp_path, run, quick, missing):
     out = begun(finished, tmp_path / "run", "jam")
     for source in checkpoints(finished, "jam"):
         shutil.copytree(source, out / "checkpoints" / source.name)
     (checkpoints(out, "jam")[-1] / missing).unlink()
     assert run(train.main, *flags(out, "--stage", "jam"))[0] == 0
-    assert equal(checkpoint(out, "jam"), checkpoint(finished, "jam"))
+    assert equal(checkpoint(out, "jam"), uninterrupted["jam"])
 
 
-def test_halves_of_checkpoints_do_not_push_out_the_last_whole_ones(finished, tmp_path, run, quick):
+def test_halves_of_checkpoints_do_not_push_out_the_last_whole_ones(
+        finished, uninterrupted, tmp_path, run, quick):
     """Of two kills while steps 90 and 100 were written, and others since."""
     out = begun(finished, tmp_path / "run", "jam")
     for step in (90, 100):
@@ -507,7 +516,7 @@ def test_halves_of_checkpoints_do_not_push_out_the_last_whole_ones(finished, tmp
         (half / "__0_0.distcp").write_bytes(b"half")
     assert run(train.main, *flags(out, "--stage", "jam"))[0] == 0
     assert [path.name for path in checkpoints(out, "jam")] == ["jam-000000002", "jam-000000003"]
-    assert equal(checkpoint(out, "jam"), checkpoint(finished, "jam"))
+    assert equal(checkpoint(out, "jam"), uninterrupted["jam"])
 
 
 # ---------------------------------------------------------------- starting points and dry runs
