@@ -44,7 +44,7 @@ def report_errors(main):
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or \
                 "can't allocate memory" in str(error):              # (the CPU's is a RuntimeError)
-            error = "out of memory: take a smaller batch, or --accumulate, or fewer videos"
+            error = "out of memory: take a smaller batch or size, fewer videos, or --accumulate"
         elif isinstance(error, RuntimeError):
             raise
         elif getattr(error, "filename", None):
