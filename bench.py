@@ -449,7 +449,7 @@ def motivation(world):
     steps = range(0, 100, 1 if world.args.steps >= 100 else 5)
     models = {which: (bundle.dit, 1) for which, bundle in world.models.items()}
     models["jam, d = 0"] = models["jam"][0], 0
-    curves, table, shown, levels = {}, [], (0, 20, 40, 60, 80), []
+    curves, table, shown, levels = {}, [], (0, 20, 40, 60, 80, 90, 95), []
     for which, (dit, given) in models.items():
         C, gaps, level = config.tae.channels, [], [which]
         for k in tqdm(steps, desc=f"motivation {which}"):
@@ -694,15 +694,18 @@ def generate(args):
 
 # ---------------------------------------------------------------- python bench.py speed
 
-def median_time(function, device, repeats=7, warm=2):
+def median_times(functions, device, repeats, warm, desc=None):
+    """Seconds that each takes, by turns: what else the machine does meets them alike."""
     times = []
-    for _ in range(warm + repeats):
-        start = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times[warm:]))
+    for _ in tqdm(range(warm + repeats), desc, disable=desc is None):
+        times.append([])
+        for function in functions:
+            start = time.perf_counter()
+            function()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times[-1].append(time.perf_counter() - start)
+    return np.median(times[warm:], 0).tolist()
 
 
 def speed(args):
@@ -715,7 +718,7 @@ def speed(args):
     shape, y = preset.latent_shape(), tokenize(["a red square moves left slowly"] * B)
     side = 4096 if device.type == "cpu" else 8192
     product = torch.randn(side, side, dtype=fast_dtype(device), device=device)
-    peak = 2 * side ** 3 / median_time(lambda: product @ product, device)
+    peak = 2 * side ** 3 / median_times([lambda: product @ product], device, 7, 2)[0]
 
     def training(dit, data, place=device):
         optimizing = optimizers(dit, 0.)
@@ -770,17 +773,16 @@ def speed(args):
     if can_compile(device):
         for dit in dits.values():
             dit.compile_blocks()
-    for timed in [*steps.values()] * 3:                                 # compile, settle
-        timed()
-    times = [[median_time(timed, device, 1, 0) for timed in steps.values()]
-             for _ in tqdm(range(9), "training steps, in turn")]
+    times = median_times(steps.values(), device, 9, 3, "training steps, by turns")
     rows = [(f"training step of {B} clips, {name}", seconds, flops[name])
-            for name, seconds in zip(steps, np.median(times, 0))]
+            for name, seconds in zip(steps, times)]
     for dit in dits.values():
         dit.eval().zero_grad()
     with torch.no_grad():
-        rows += [(name, median_time(function, device, 3) / count, flops[name])
-                 for name, (function, count) in tqdm(parts.items(), "other parts")]
+        times = median_times([function for function, _ in parts.values()], device, 5, 2,
+                             "other parts, by turns")
+        rows += [(name, seconds / count, flops[name])
+                 for (name, (_, count)), seconds in zip(parts.items(), times)]
     result = {name: {"ms": 1e3 * seconds, "GFLOP": count / 1e9, "share": count / seconds / peak}
               for name, seconds, count in rows}
 
