@@ -15,6 +15,7 @@ import math
 import os
 import re
 import sys
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -101,9 +102,13 @@ def write_tensors(path, content):
 
 
 def read_file(path, kind):
-    """torch.load of data alone (no code runs); whatever is wrong with the file becomes one line."""
+    """torch.load of data alone (no code runs); whatever is wrong with the file becomes one line.
+    Tensors are read from the file when they are used, unless it is compressed: of a large bundle
+    the model that is wanted, once for all processes of a machine."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as archive:
+            stored = all(part.compress_type == zipfile.ZIP_STORED for part in archive.infolist())
+        content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=stored)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except Exception:

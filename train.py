@@ -662,6 +662,20 @@ class Run:
                 return path, read_json(path / "status.json", "step", "of")
         return None, None
 
+    def refuse_lag(self):
+        """ValueError where processes do not see the same checkpoints and latents, as on a disk that
+        machines share: they would wait for each other, or train on other data, in silence."""
+        wait_for_all()
+        if ranks() == 1:
+            return
+        seen = [None] * ranks()
+        dist.all_gather_object(seen, {
+            "latents": len([*(self.out / "latents").glob("*.json")]),
+            **{stage: path and path.name for stage in STAGES for path, _ in [self.last(stage)]}})
+        if others := [what for what in seen if what != seen[0]]:
+            raise ValueError(f"{self.out}: one process sees {seen[0]} in it, another {others[0]}: "
+                             "the disk lags, start it again")
+
     def save(self, stage, step, state, status):
         """A checkpoint of tensors (sharded or not) and of `status`; the last two are kept."""
         path = self.out / "checkpoints" / f"{stage}-{step:09d}"
@@ -1387,6 +1401,7 @@ def main():
     run = Run(args)
     for stage in [args.stage] if args.stage else STAGES:
         start = time.time()
+        run.refuse_lag()
         if stage == "tae":
             train_tae(run)
         elif stage == "encode":

@@ -424,6 +424,18 @@ train.estimate_flow = lambda raft, video: video[:, :, :2] - .5
 """
 
 
+def test_processes_that_do_not_see_the_same_files_stop(finished, tmp_path, refuses, monkeypatch):
+    def gather(seen, mine):
+        seen[:] = mine, {**mine, "base": None}
+
+    out = begun(finished, tmp_path / "run", "jam")
+    monkeypatch.setattr(train, "ranks", lambda: 2)
+    monkeypatch.setattr(train.dist, "all_gather_object", gather)
+    complaint = refuses(train.main, *flags(out, "--stage", "jam"))
+    assert "'base': 'base-000000003'" in complaint and "'base': None" in complaint
+    assert "the disk lags, start it again" in complaint and not checkpoints(out, "jam")
+
+
 def test_two_processes_share_a_folder_of_videos(folder, tmp_path):
     """Each encodes its shards; videos that cannot be decoded are skipped by either."""
     write(folder / "c.mp4", ramp(40), 8)
