@@ -124,7 +124,9 @@ class TAE(nn.Module):
         nn.init.constant_(self.encoder[-1].time.bias[config.channels:], -6)
         # what encode subtracts and multiplies by: row 0 for videos, row 1 for RGB flow
         self.register_buffer("mean", torch.zeros(2, config.channels))
-        self.register_buffer("basis", torch.eye(config.channels).repeat(2, 1, 1))
+        # (filled: torch.eye on the meta device takes a second, in which torch imports its compiler)
+        self.register_buffer("basis", torch.zeros(2, config.channels, config.channels))
+        self.basis.diagonal(dim1=1, dim2=2).fill_(1)
 
     def posterior(self, video):
         """(B, T, 3, H, W) in [0, 1] -> mean and log-variance, (B, T', H', W', C) each."""
@@ -339,7 +341,8 @@ class TextEncoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         width, heads = config.text_width, round(config.text_width / 64)
-        self.embed, self.head_dim = nn.Embedding(VOCABULARY, width), width // heads
+        self.head_dim = width // heads
+        self.embed = nn.Embedding.from_pretrained(torch.empty(VOCABULARY, width), freeze=False)
         self.fold = nn.Linear(FOLD * width, width, bias=False)
         self.layers = nn.ModuleList([TextLayer(width, heads) for _ in range(config.text_depth)])
 
@@ -427,7 +430,8 @@ class DiT(nn.Module):
         self.final_table = nn.Parameter(torch.zeros(2, c.width))
         self.recompute = False          # blocks' activations in the backward pass: less memory
         self.W_out = nn.Linear(c.width, patch_dim, bias=False)
-        initialize(self.modules())
+        if not self.W_in.weight.is_meta:                # (nothing to fill there, but slow to find)
+            initialize(self.modules())
 
     def add_motion(self):
         """Sec. 4.2: W_in gets zero rows for d, W_out zero columns: u^x is the same to the bit."""
