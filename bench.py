@@ -39,7 +39,7 @@ from flow import (COLOURS, DIRECTIONS, HELD_OUT, RAFT, SHAPES, TRAVEL, TURNS, au
 from train import (SUFFIXES, can_compile, device_of, flops_of, grid, preset_of, read_lines,
                    recomputes, say_cut, weights_of, write_video)
 from videojam import (PRESETS, TAE, DiT, VideoJAM, corrupted, cut, euler_sample, linear_quadratic,
-                      noised, squared_errors, tokenize, velocity)
+                      noised, set_recompute, squared_errors, tokenize, velocity)
 
 # ---------------------------------------------------------------- tracking a sprite
 
@@ -749,7 +749,7 @@ def speed(args):
         nn.init.normal_(weight, std=.02)            # (much of it is zero at first: faster to sum)
     steps, gradients, flops = {}, {}, {}
     for which, dit in dits.items():
-        dit.recompute = recomputes(preset)
+        set_recompute(dit, recomputes(preset))
         z1 = torch.randn(B, shape[0] * (1 + dit.config.motion), *shape[1:])
         data = corrupted(z1, y, shape[0])
         steps[which], gradients[which] = training(dit.train(), data)

@@ -54,7 +54,7 @@ from flow import (HELD_OUT, RAFT, ROOT, autocast, check_video, estimate_flow, fa
                   flow_to_rgb, optimizers, read_file, refuse_changes, report_errors, sprite_clips,
                   write_file, write_tensors, write_text)
 from videojam import (FOLD, PAD, PRESETS, TAE, DiT, VideoJAM, corrupted, cut, initialize,
-                      read_bundle, squared_errors, tae_loss, tokenize, widen)
+                      read_bundle, set_recompute, squared_errors, tae_loss, tokenize, widen)
 
 STAGES = ("tae", "encode", "base", "jam", "control")
 # preset -> stage -> (steps, learning rate, batch over all GPUs). encode's "steps" are clips of the
@@ -989,7 +989,7 @@ def train_tae(run):
     if run.last("tae")[1] is None and (run.out / "tae.pt").exists():
         return say("tae: it is there already")
     (_, _, batch), world = run.setting("tae"), run.world    # opened here, not in a reading thread
-    tae.encoder.recompute = tae.decoder.recompute = run.args.recompute
+    set_recompute(tae, run.args.recompute)
 
     def load(step, places, draws):
         video, _, extra, _ = world.training([step * batch + place for place in places])
@@ -1025,7 +1025,7 @@ def train_tae(run):
     if rank() == 0 and not ((run.out / "tae.pt").exists()
                             and read_file(run.out / "tae.pt", "tae")["origin"] == origin):
         whole = run.average(path, TAE(run.preset.tae)).to(run.device).requires_grad_(False)
-        whole.encoder.recompute = whole.decoder.recompute = run.args.recompute
+        set_recompute(whole, run.args.recompute)
         few = batch // ranks() // run.args.accumulate   # clips that have fitted in training
 
         def clips(motion):
@@ -1135,7 +1135,7 @@ def train_dit(run, stage):
     motion, C = stage == "jam", run.preset.tae.channels
     with torch.device("meta"):
         model = DiT(dataclasses.replace(run.preset.dit, motion=motion))
-    model.recompute = run.args.recompute
+    set_recompute(model, run.args.recompute)
     given = run.init[2] if run.init else {}
     which, origin, source = stage if stage in given else "base", None, None
     if stage in given or "base" in given and run.last("base")[0] is None:
@@ -1238,12 +1238,13 @@ def dry_run(args):
         F_encode, F_forward = flops_of(lambda: tae.posterior(video)), flops_of(lambda: dit(z, t, y))
     layer = max(sum(p.numel() for p in block.parameters()) for block in dit.blocks)
     kept = []                                       # without recomputation, with it; so below
-    for dit.recompute in (False, True):
+    for again in (False, True):
+        set_recompute(dit, again)
         kept.append(saved_bytes(lambda: dit(z, t, y)))
     kept[1] += kept[0] / len(dit.blocks)            # what the block that is recomputed keeps
     tae, video, coded = tae.to(torch.bfloat16), video.to(torch.bfloat16), []
     for again in (False, True):
-        tae.encoder.recompute = tae.decoder.recompute = again
+        set_recompute(tae, again)
         coded.append(saved_bytes(lambda: tae.pixels(tae.posterior(video)[0])))
     tokens = shape[1] * (shape[2] // preset.dit.patch) * (shape[3] // preset.dit.patch)
     steps, _, batch = (given or default for given, default in

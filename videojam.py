@@ -90,14 +90,25 @@ class Upsample(nn.Module):
 
 
 class Layers(nn.Sequential):
-    """nn.Sequential whose layers' activations can be recomputed in the backward pass."""
+    """nn.Sequential whose layers' activations can be recomputed in the backward pass, and that
+    hands what else it is given to each layer."""
     recompute = False                   # less memory: the paper's clips do not fit without
 
-    def forward(self, x):
+    def forward(self, x, *others):
         for layer in self:
-            x = checkpoint(layer, x, use_reentrant=False) if self.recompute and \
-                torch.is_grad_enabled() else layer(x)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(layer, x, *others, use_reentrant=False)
+            else:
+                x = layer(x, *others)
         return x
+
+
+def set_recompute(model, again):
+    """Whether the layers of a TAE or a DiT (the text encoder's apart) are recomputed; the model."""
+    for module in model.modules():
+        if isinstance(module, Layers):
+            module.recompute = again
+    return model
 
 
 class TAE(nn.Module):
@@ -426,9 +437,8 @@ class DiT(nn.Module):
         self.position = nn.Linear(c.width // c.heads, c.width, bias=False)
         self.time = nn.Sequential(nn.Linear(256, c.width), nn.SiLU(), nn.Linear(c.width, c.width))
         self.modulation = nn.Linear(c.width, 6 * c.width)
-        self.blocks = nn.ModuleList([Block(c) for _ in range(c.depth)])
+        self.blocks = Layers(*[Block(c) for _ in range(c.depth)])
         self.final_table = nn.Parameter(torch.zeros(2, c.width))
-        self.recompute = False          # blocks' activations in the backward pass: less memory
         self.W_out = nn.Linear(c.width, patch_dim, bias=False)
         if not self.W_in.weight.is_meta:                # (nothing to fill there, but slow to find)
             initialize(self.modules())
@@ -466,11 +476,7 @@ class DiT(nn.Module):
         rope = rope_table((T, H // c.patch, W // c.patch), c.width // c.heads, x.device)
         h = self.W_in(patchify(x, c.patch))                                         # (B, N, width)
         h = h + self.position(torch.cat(rope, 1).to(h.dtype))
-        for block in self.blocks:
-            if self.recompute and torch.is_grad_enabled():
-                h = checkpoint(block, h, modulation, text, mask, rope, use_reentrant=False)
-            else:
-                h = block(h, modulation, text, mask, rope)
+        h = self.blocks(h, modulation, text, mask, rope)
         shift, scale = (emb[:, None] + self.final_table).to(h.dtype).unsqueeze(2).unbind(1)
         u = self.W_out(rms_norm(h) * (1 + scale) + shift)
         return unpatchify(u, c.patch, (T, H, W)).float()
