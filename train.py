@@ -93,9 +93,16 @@ def say(text):
         tqdm.write(text)
 
 
+@functools.cache
+def patient_group():
+    """All processes, with hours of timeout: in it they wait while rank 0 looks through a folder or
+    shows a preview, or for the one that encodes last. (Elsewhere a hung one is noticed sooner.)"""
+    return dist.new_group(timeout=datetime.timedelta(hours=12))
+
+
 def wait_for_all():
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(patient_group())
 
 
 def agreed(device, *flags):
@@ -278,7 +285,7 @@ class Folder:
         skipped, and why."""
         layout, found = find_videos(self.folder)
         before = read_json(path) if path.is_file() else {}
-        listing = {}
+        listing, written = {}, time.time()
 
         def entry(name, caption):
             if isinstance(caption, str):                # files end in a new line, prompts do not
@@ -303,6 +310,9 @@ class Folder:
                 while shown in listing:
                     shown, one = f"{shown} (again)", {"reason": "listed twice"}
                 listing[shown] = one
+                if time.time() - written > CHECKPOINT_SECONDS:      # what a killed run has seen
+                    write_text(path, json.dumps({**before, **listing}))
+                    written = time.time()
         listed = {os.path.normpath(self.folder / name) for name, _ in found}
         unlisted = {str(p.relative_to(self.folder)) for p in self.folder.rglob("*")
                     if p.suffix.lower() in SUFFIXES and os.path.normpath(p) not in listed}
@@ -963,7 +973,7 @@ def optimize(run, stage, model, load, losses_of, preview, stream, settings, **no
                     preview(run.last(stage)[0], step)
                 except (ValueError, RuntimeError) as error:         # (too little memory is one)
                     say(f"{stage}: no preview of step {step}: {' '.join(str(error).split())[:200]}")
-            if show:            # (a group of --replicas would wait minutes only, not hours)
+            if show:
                 wait_for_all()
             if stop or show and agreed(run.device, bool(stopped))[0]:
                 raise ValueError(f"stopped at step {step} of {stage}: the same command goes on")
@@ -1369,8 +1379,7 @@ def join(backend):
     keeps the store when `--max-restarts` starts processes again, which would then wait for dead
     ones at the addresses they left there (the number of restarts is no name for the corner: nodes
     count apart). Rank 0 names it; nobody takes an old name, since each waits for the answer to a
-    question of its own. (Hours of timeout: the others wait while rank 0 looks through a folder or
-    shows a preview.)"""
+    question of its own."""
     store, number, processes = next(rendezvous("env://"))
     mine = uuid.uuid4().hex
     if number == 0:
@@ -1384,7 +1393,7 @@ def join(backend):
         mine = store.get(f"answer to {mine}").decode()
         store.set(f"{mine} was taken by {number}", "")
     dist.init_process_group(backend, store=dist.PrefixStore(mine, store), rank=number,
-                            world_size=processes, timeout=datetime.timedelta(hours=12))
+                            world_size=processes, timeout=datetime.timedelta(hours=1))
 
 
 def main():

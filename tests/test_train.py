@@ -906,6 +906,30 @@ def test_every_video_of_a_bad_folder_is_used_or_skipped_with_its_reason(folder, 
     assert not world.read(world.keys(2))[3]
 
 
+def test_videos_that_were_looked_at_are_not_opened_again(folder, tmp_path, monkeypatch):
+    """Not even where it was interrupted before the last of them."""
+    for name in ("a", "inside/b"):
+        (folder / f"{name}.txt").write_text(name)
+    seen, original = [], train.examine
+
+    def examine(path, *rest):
+        seen.append(path.name)
+        if seen.count("b.mp4") == 1 and path.name == "b.mp4":
+            raise KeyboardInterrupt
+        return original(path, *rest)
+
+    monkeypatch.setattr(train, "examine", examine)
+    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", -1)
+    with pytest.raises(KeyboardInterrupt):
+        opened(folder, tmp_path / "run")
+    first = opened(folder, tmp_path / "run").videos
+    assert sorted(seen) == ["a.mp4", "b.mp4", "b.mp4"] and len(first) == 2
+    write(folder / "a.mp4", ramp(13), 8)
+    again = opened(folder, tmp_path / "run").videos
+    assert seen[3:] == ["a.mp4"]
+    assert [again[name]["frames"] for name in ("a.mp4", "inside/b.mp4")] == [13, 12]
+
+
 def test_a_video_that_breaks_off_is_replaced_in_training_and_skipped_in_encode(
         folder, tmp_path, run, monkeypatch, finished):
     """Its header promises more than the file holds: only decoding finds out."""
