@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from flow import (COLOURS, DIRECTIONS, HELD_OUT, RAFT, SHAPES, TRAVEL, TURNS, autocast, bouncing,
                   estimate_flow, fast_dtype, flow_to_rgb, optimizers, report_errors, rgb_to_flow,
-                  signed_distance, sprite_clips, write_text)
+                  signed_distance, sprite_clip, sprite_clips, sprite_scene, write_text)
 from train import (SUFFIXES, can_compile, device_of, flops_of, grid, preset_of, read_lines,
                    recomputes, say_cut, weights_of, write_video)
 from videojam import (PRESETS, TAE, DiT, VideoJAM, corrupted, cut, euler_sample, linear_quadratic,
@@ -187,12 +187,15 @@ def fit_motion(kind, phrase, path, size, radius=.145):
 # ---------------------------------------------------------------- statistics: every number's n
 
 def interval(values, statistic=np.mean, share=False):
-    """[value, low, high]: a statistic and its 95% bootstrap interval over prompts. A share that is
-    0 or 1 for each has no spread to draw from: there Clopper and Pearson's exact interval."""
+    """[value, low, high]: a statistic and its 95% bootstrap interval over prompts. For the share of
+    prompts that have something (values of 0 and 1), of which nearly all or none may have it,
+    Wilson's score interval: a bootstrap has little or nothing to draw there."""
     values, rng = np.asarray(values, float), np.random.default_rng(0)
-    if share and values[0] in (0, 1) and (values == values[0]).all():
-        reach = 1 - .025 ** (1 / len(values))
-        return [0., 0., reach] if values[0] == 0 else [1., 1 - reach, 1.]
+    if share and np.isin(values, (0, 1)).all():
+        n, p, z = len(values), values.mean(), 1.959964
+        middle, reach = p + z ** 2 / (2 * n), z * np.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
+        ends = np.clip([middle - reach, middle + reach], 0, 1 + z ** 2 / n) / (1 + z ** 2 / n)
+        return [float(p), *ends.tolist()]
     draws = statistic(values[rng.integers(len(values), size=(2000, len(values)))], axis=1)
     return [float(statistic(values)), *map(float, np.percentile(draws, [2.5, 97.5]))]
 
@@ -205,13 +208,13 @@ def paired(a, b):
     return [*interval(difference), float(p)]
 
 
-def cell(values, scale=1, statistic=np.mean):
+def cell(values, scale=1, statistic=np.mean, share=False):
     """A table's cell: value [low, high], over the clips that have one; how many, if not all do."""
     have = [value for value in values if value is not None]
     if not have:
         return "-"
     return "{:.{k}f} [{:.{k}f}, {:.{k}f}]".format(
-        *(scale * v for v in interval(have, statistic, scale == 100)), k=1 if scale == 100 else 2) \
+        *(scale * v for v in interval(have, statistic, share)), k=1 if scale == 100 else 2) \
         + f", n = {len(have)}" * (len(have) < len(values))
 
 
@@ -257,7 +260,8 @@ VBENCH = "dynamic degree %", "temporal flickering %", "motion smoothness %"
 
 def vbench_cells(rows):
     """The three of them over many videos, in per cent."""
-    return [cell([row[key] for row in rows], 100) for key in ("dynamic", "flicker", "smooth")]
+    return [cell([row[key] for row in rows], 100, share=key == "dynamic")
+            for key in ("dynamic", "flicker", "smooth")]
 
 
 def frame_statistics(video):
@@ -301,12 +305,10 @@ def distance_cell(video, others, n):
 def held_out_clips(n, frames, size, start=HELD_OUT + 10_000):
     """The first n held-out clips with one sprite on a plain background, from a seed on: video,
     flow, captions, scenes."""
-    seeds, chosen = start, []
-    while len(chosen) < n:
-        clips = zip(*sprite_clips(range(seeds, seeds + 64), frames, size, rich=0))
-        chosen += [clip for clip in clips if len(clip[3]["sprites"]) == 1]
-        seeds += 64
-    video, flow, captions, scenes = zip(*chosen[:n])
+    alone = (seed for seed in itertools.count(start)
+             if len(sprite_scene(seed, frames, 0)["sprites"]) == 1)
+    clips = [sprite_clip(seed, frames, size, rich=0) for seed in itertools.islice(alone, n)]
+    video, flow, captions, scenes = zip(*clips)
     return torch.stack(video), torch.stack(flow), list(captions), list(scenes)
 
 
@@ -379,8 +381,9 @@ class World:
     @torch.no_grad()
     def latents(self, video, flow):
         """Latents x1, d1 of clips and of their flow, and noise x0, d0 for them, on the device."""
-        x1 = self.tae.encode(video.to(self.device))
-        d1 = self.tae.encode(flow_to_rgb(flow.to(self.device), self.config.sigma), True)
+        rgb = flow_to_rgb(flow, self.config.sigma)
+        x1, d1 = (torch.cat([self.tae.encode(v.to(self.device), motion) for v in clips.split(8)])
+                  for motion, clips in enumerate((video, rgb)))
         generator = torch.Generator().manual_seed(HELD_OUT)
         return x1, d1, *(torch.randn(x1.shape, generator=generator).to(x1) for _ in range(2))
 
@@ -388,7 +391,7 @@ class World:
     def coded(self, video, motion=False):
         """Video, or RGB flow, through the TAE: the ceiling of what a DiT can reach."""
         return torch.cat([self.tae.decode(self.tae.encode(v.to(self.device), motion), motion,
-                                          self.config.frames).cpu() for v in video.split(50)])
+                                          self.config.frames).cpu() for v in video.split(8)])
 
     @property
     def ceilings(self):
@@ -405,8 +408,9 @@ PHYSICS = (("there, in its colour, in all frames %", "there", 100), ("one sprite
 
 
 def physics_table(results):
-    rows = [[name, *(cell([r[key] for r in rows], scale, np.median if key == "error" else np.mean)
-                     for _, key, scale in PHYSICS)] for name, rows in results.items()]
+    rows = [[name, *(cell([r[key] for r in rows], scale, np.median if key == "error" else np.mean,
+                          share=scale == 100) for _, key, scale in PHYSICS)]
+            for name, rows in results.items()]
     return ["", *(title for title, _, _ in PHYSICS)], rows
 
 
@@ -419,14 +423,14 @@ def paired_table(results, against):
         row = [f"{name} minus {against}"]
         for key, scale in (("named", 100), ("whole", 100), ("one", 100), ("shape", 100),
                            ("error", 1)):
-            pairs = [(a[key], b[key]) for a, b in zip(results[name], results[against])
-                     if a[key] is not None and b[key] is not None]
-            if not pairs:
+            a, b = (np.array([r[key] for r in results[which]], float) for which in (name, against))
+            both = ~np.isnan(a - b)                     # (None, what a clip does not have, is NaN)
+            if not both.any():
                 row.append("-")
                 continue
-            *values, p = paired(*zip(*pairs))
+            *values, p = paired(a[both], b[both])
             row.append("{:+.{k}f} [{:+.{k}f}, {:+.{k}f}], p = {:.4f}, n = {}".format(
-                *(scale * v for v in values), p, len(pairs), k=1 if scale == 100 else 2))
+                *(scale * v for v in values), p, both.sum(), k=1 if scale == 100 else 2))
         table.append(row)
     return ["", "moves as named, points", "one sprite that moves as named, points",
             "one sprite, points", "of the named shape, points",
@@ -515,8 +519,9 @@ def compare(world):
     header = [f"the first {some} prompts", *VBENCH, "motion predicted against seen by RAFT, px",
               f"frame distance to {args.n} other real clips (all prompts)"]
     kinds = sorted({r["kind"] for r in results["real clips"]})
-    by_kind = [[name, *(cell([r["named"] for r in rows if r["kind"] == k], 100) for k in kinds),
-                cell([r["named"] for r in rows if r["held_out"]], 100)]
+    by_kind = [[name, *(cell([r["named"] for r in rows if r["kind"] == k], 100, share=True)
+                        for k in kinds),
+                cell([r["named"] for r in rows if r["held_out"]], 100, share=True)]
                for name, rows in results.items()]
     counts = [f"{k} (n {sum(r['kind'] == k for r in results['real clips'])})" for k in kinds]
     unseen = f"unseen combinations (n {sum(r['held_out'] for r in results['real clips'])})"
@@ -528,9 +533,10 @@ def compare(world):
     quality = [cell(psnr(real, videos["through the TAE"][0])),
                cell(psnr(rgb, world.coded(rgb, True)))]
     return {"about": f"n = {args.n} prompts, those of held-out clips of one sprite on a plain "
-                     f"background ({len(set(world.captions))} of them different), the first "
-                     f"{args.seeds} of each, the same noise for every model, "
-                     f"{args.steps} steps, w1 = {args.w1:g}; 95% bootstrap intervals over prompts "
+                     f"background ({len(set(world.captions))} of them different), samples "
+                     f"of each: {args.seeds}, the same noise for every model, "
+                     f"{args.steps} steps, w1 = {args.w1:g}; 95% intervals over prompts, Wilson's "
+                     "for shares, by bootstrap for all else "
                      "(that of the frame distance leans upwards: what is drawn twice varies less); "
                      "the p values are not corrected for their number. "
                      f"TAE: {quality[0]} dB, RGB flow {quality[1]} dB.",
@@ -549,7 +555,7 @@ def ablation(world):
                "d = 0 at inference": world.sample(mode="composable", w1=world.args.w1 + 1, w2=0.),
                "InstructPix2Pix": world.sample(mode="ip2p"),
                "composable": world.sample(mode="composable")}
-    results |= {f"w2 = {w:g}": world.sample(w2=w) for w in (1., 2., 4., 6.)}
+    results |= {f"w2 = {w:g}": world.sample(w2=w) for w in (1., 2., 4., 6.) if w != w2}
     results |= {f"w2 in the first {share}% of steps": world.sample(motion_steps=steps * share / 100)
                 for share in (25, 75, 100)}
     results |= {str(run): world.sample(run) for run in world.also}
@@ -570,7 +576,7 @@ def sdedit(world):
     y = tokenize(world.captions[:n], world.config.dit.max_bytes).to(world.device)
     times = linear_quadratic(100).to(world.device)
     x1, d1, x0, d0 = world.latents(video, flow)
-    truth, shown = F.avg_pool2d(flow.flatten(0, 1), 8), [("the clip", world.video[:8])]
+    truth, shown = F.avg_pool2d(flow.flatten(0, 1), 8), [("the clip", video[:8].cpu())]
 
     def row(name, t, edited):
         seen = torch.cat([estimate_flow(world.raft, v) for v in edited.split(8)])
@@ -591,7 +597,8 @@ def sdedit(world):
                                     "cfg" if d is None else "inner",
                                     motion_steps=max(0, 50 - start),
                                     progress=f"sdedit, {which} from {start}")
-                edited = world.tae.decode(x, frames=world.config.frames)
+                edited = torch.cat([world.tae.decode(part, frames=world.config.frames)
+                                    for part in x.split(8)])
             row(f"{which}, step {start}", f"{times[start]:.3f}", edited)
     return {"about": f"n = {n} clips. Coarse motion (8 x 8 px means of RAFT's flow) "
                      "against the clip's own: cosine, 1 is the same. Step 0 is a free sample. "
@@ -620,12 +627,12 @@ def prompt_of(stem):
     return re.sub(r"-\d+$", "", stem)
 
 
-def by_prompt(named):
-    """Pairs of a video's stem and what was measured of it -> a list of that for every prompt."""
+def by_prompt(named, mean=np.mean):
+    """Pairs of a video's stem and what was measured of it -> the mean of that for every prompt."""
     groups = {}
     for stem, value in named:
         groups.setdefault(prompt_of(stem), []).append(value)
-    return groups
+    return [mean(values) for values in groups.values()]
 
 
 def metrics(args):
@@ -640,6 +647,7 @@ def metrics(args):
         wanted = {file_stem(prompt) for prompt in read_lines(args.paths[1])}
         missing = len(wanted - {prompt_of(path.stem) for path in paths})
         paths = [path for path in paths if prompt_of(path.stem) in wanted]
+    args.out.mkdir(parents=True, exist_ok=True)             # or to have worked for nothing
     for path in tqdm(paths, desc="metrics"):
         try:
             reader, frames = read_frames(str(path.absolute())), []
@@ -650,25 +658,25 @@ def metrics(args):
                     .view(1, height, width, 3).permute(0, 3, 1, 2)
                 frames.append(F.interpolate(frame, (args.size, args.size), mode="bilinear",
                                             antialias=True) if args.size else frame)
-            video = torch.cat(frames).to(device) / 255
+            video = torch.cat(frames)
         except Exception:                   # whatever the decoder says of a broken file
             tqdm.write(f"skipped {path.name}: it cannot be decoded")
             skipped += 1
             continue
         if prompt_of(path.stem) == path.stem:
             tqdm.write(f"{path.name}: not named PROMPT-INDEX, its name is taken as the prompt")
-        rows[path.name] = vbench(video, meta["fps"], raft)
+        rows[path.name] = vbench(video.to(device) / 255, meta["fps"], raft)
     if not rows:
         raise ValueError(f"{args.paths[0]}: no video to measure ({skipped} cannot be read, "
                          f"{missing} prompts have none)")
     size = f"resized to {args.size} px" if args.size else "in their own sizes"
-    prompts = by_prompt((Path(name).stem, row) for name, row in rows.items())
+    prompts = by_prompt(((Path(name).stem, row) for name, row in rows.items()), mean_row)
     return {"about": f"n = {len(rows)} videos of {len(prompts)} prompts, {size}, {skipped} "
                      f"skipped, {missing} prompts without a video. Means of prompts, whose videos "
                      "are averaged first; 95% intervals by bootstrap over prompts. By VBench's "
                      "formulas; RAFT is ours, and interpolates in place of AMT.",
             "tables": [(["", *VBENCH],
-                        [[args.paths[0], *vbench_cells([*map(mean_row, prompts.values())])]])],
+                        [[args.paths[0], *vbench_cells(prompts)]])],
             "videos": rows}
 
 
@@ -680,8 +688,8 @@ def generate(args):
     if len({file_stem(prompt) for prompt in prompts}) < len(prompts):
         raise ValueError(f"{args.paths[0]}: two prompts would have the same file name, which has "
                          "a prompt's first 180 bytes, without slashes")
-    out.mkdir(parents=True, exist_ok=True)
     bundle = VideoJAM.load(weights_of(args), args.which, device_of(args.device))
+    out.mkdir(parents=True, exist_ok=True)
     say_cut(prompts, bundle.config.dit.max_bytes)
     many = [prompt for prompt in prompts for _ in range(args.seeds)]
     for start in tqdm(range(0, len(many), 16), desc="generate"):     # written as they come
@@ -714,6 +722,8 @@ def speed(args):
     where the device is fast at it). FLOPs are the model's own: not the optimizers', nor what is
     recomputed."""
     device, B = device_of(args.device), args.batch
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     preset = preset_of(args.preset) if args.preset else VideoJAM.load(weights_of(args)).config
     shape, y = preset.latent_shape(), tokenize(["a red square moves left slowly"] * B)
     side = 4096 if device.type == "cpu" else 8192
@@ -896,12 +906,13 @@ def votes(args):
     for path in args.paths:
         try:
             content = json.loads(Path(path).read_text())
-            assert content["kind"] == "videojam votes"
+            if content["kind"] != "videojam votes":
+                raise ValueError("another kind of file")
             sides.add((content["a"], content["b"]))
             for v in content["votes"]:
-                ballots.setdefault((v["question"], v["pair"]), {})[content["rater"]] = \
+                ballots.setdefault((v["question"], str(v["pair"])), {})[content["rater"]] = \
                     {"a": 1, "b": 0}[v["choice"]]
-        except (ValueError, KeyError, TypeError, AssertionError):
+        except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path}: not a votes file of bench.py rate") from None
     if len(sides) != 1 or not ballots:
         raise ValueError("votes takes one or more files of votes on the same two folders")
@@ -915,10 +926,9 @@ def votes(args):
                               for pair, v in cast.items() if len(v) > 1)
             table.append([question, str(len(set().union(*cast.values()))),
                           str(sum(map(len, cast.values()))),
-                          *(cell([np.mean(v) for v in part.values()], 100)
-                            for part in (shares, agree))])
+                          *(cell(part, 100, share=True) for part in (shares, agree))])
     (a, b), = sides
-    return {"about": f"A = {a}, B = {b}; means of prompts, intervals by bootstrap over them.",
+    return {"about": f"A = {a}, B = {b}; means of prompts, 95% intervals over them.",
             "tables": [(["", "raters", "votes", "for A %", "two raters agree %"], table)]}
 
 
@@ -1013,8 +1023,8 @@ def main():
                         "(compare, ablation, generate), of which a prompt's numbers are the means")
     parser.add_argument("--steps", type=int, help="of the sampler (default: 100, 25 with "
                         "--quick; sdedit's and motivation's are those of 100)")
-    parser.add_argument("--w1", type=float, default=5.)
-    parser.add_argument("--w2", type=float, default=3.)
+    parser.add_argument("--w1", type=float, default=5., help="text guidance (%(default)g)")
+    parser.add_argument("--w2", type=float, default=3., help="motion guidance (%(default)g)")
     parser.add_argument("--quick", action="store_true", help="16 prompts, 25 steps, RAFT for 4 "
                         "of them: a look")
     parser.add_argument("--size", type=int, help="metrics: resize videos to a square of this many "
@@ -1029,10 +1039,11 @@ def main():
     args.steps = args.steps if args.steps is not None else 25 if args.quick else 100
     args.few = 4 if args.quick else 24      # clips that RAFT, which is slow, looks at
     if args.preset is not None:
-        preset_of(args.preset)                  # or to have worked for nothing
+        preset_of(args.preset)                  # or to have worked for nothing; so below
     for name in ("n", "steps", "seeds", "size", "batch"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} must be positive, got {getattr(args, name)}")
+    linear_quadratic(args.steps)                # ValueError where there are more than it can take
     if args.paths and args.experiment in (*EXPERIMENTS, "speed"):
         raise ValueError(f"{args.experiment} takes no {args.paths[0]}: a run is named by --run")
     args.out = args.out or Path("runs/bench") / (args.experiment or "")
@@ -1042,7 +1053,7 @@ def main():
         if section:
             report(args.out, {args.experiment: {**section, "command": command}}, 8)
     else:
-        args.out.mkdir(parents=True, exist_ok=True)         # or to have worked for nothing
+        args.out.mkdir(parents=True, exist_ok=True)
         world, sections = World(args), {}
         for name in [args.experiment] if args.experiment else EXPERIMENTS:
             sections[name] = {**EXPERIMENTS[name](world), "command": command}

@@ -85,7 +85,8 @@ def check_video(path, frames):
 
 
 def write_text(path, text):
-    write_file(path, lambda temporary: temporary.write_text(text))
+    write_file(path, lambda temporary: temporary.write_text(
+        text, encoding="utf-8", errors="surrogateescape"))      # names that are not UTF-8 too
 
 
 def on_cpu(content):

@@ -17,7 +17,7 @@ import torch
 
 from flow import report_errors
 from train import device_of, grid, read_lines, say_cut, weights_of, write_video
-from videojam import GUIDANCE, VideoJAM
+from videojam import GUIDANCE, VideoJAM, cut
 
 
 def parse():
@@ -58,7 +58,8 @@ def output_files(args, prompts):
     if args.out:
         first = Path(args.out)
     else:
-        name = re.sub(r"[^\w]+", "-", prompts[0]).strip("-")[:60] or "video"
+        # (a name holds 255 bytes)
+        name = cut(re.sub(r"[^\w]+", "-", prompts[0]).strip("-")[:60], 180) or "video"
         first = Path("outputs") / f"{name}.mp4"
         first.parent.mkdir(exist_ok=True)
     if first.suffix not in (".mp4", ".gif"):

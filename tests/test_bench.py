@@ -97,12 +97,18 @@ def test_intervals_bracket_the_statistic_and_shrink_with_more_prompts():
     assert below < median == np.median(values[:25]) < above and above - below > 2 * (high - low)
 
 
-def test_a_share_of_none_or_of_all_has_an_exact_interval():
-    assert interval([0] * 97, share=True) == [0, 0, pytest.approx(.0373, abs=1e-4)]
-    assert interval([1] * 53, share=True) == [1, pytest.approx(.9328, abs=1e-4), 1]
-    assert interval([0, 0, 1], share=True) == interval([0, 0, 1])
-    assert bench.cell([True] * 53, 100) == "100.0 [93.3, 100.0]"
-    assert bench.cell([0.] * 53) == "0.00 [0.00, 0.00]"         # not a share: an error, in px
+def test_the_interval_of_a_share_is_wilsons():
+    """Both ends solve |p - end| = z sqrt(end (1 - end) / n): more in 100 is never a lower end."""
+    for hits, n in ((0, 97), (3, 10), (52, 53), (53, 53)):
+        p, low, high = interval([1] * hits + [0] * (n - hits), share=True)
+        assert p == hits / n
+        for end in (low, high):
+            assert abs(p - end) == pytest.approx(1.959964 * (end * (1 - end) / n) ** .5, abs=1e-9)
+    assert interval([.5, 0, 1], share=True) == interval([.5, 0, 1])     # of several samples each
+    assert bench.cell([True] * 53, 100, share=True) == "100.0 [93.2, 100.0]"
+    assert bench.cell([False] * 97, 100, share=True) == "0.0 [0.0, 3.8]"
+    assert bench.cell([1.] * 5, 100) == "100.0 [100.0, 100.0]"          # not a share: no flicker
+    assert bench.cell([0.] * 53) == "0.00 [0.00, 0.00]"                 # nor this: an error, in px
 
 
 def test_blobs_are_counted_with_corners_connected_and_specks_left_out():
@@ -294,9 +300,11 @@ def test_votes_become_shares_with_intervals_and_agreement(run, tmp_path, refuses
         path.write_text(path.read_text().replace("p2", "q-0").replace("p3", "q-1"))
     code, said, err = run(bench.main, "votes", "--out", tmp_path, one, two)
     (line,) = [line for line in said.splitlines() if line.startswith("| motion")]
-    assert f"| 2 | 8 | {bench.cell([1, 1, .25], 100)} | {bench.cell([1, 1, .5], 100)} |" in line
+    cells = [bench.cell(shares, 100, share=True) for shares in ([1, 1, .25], [1, 1, .5])]
+    assert f"| 2 | 8 | {cells[0]} | {cells[1]} |" in line
     assert "same two folders" in refuses(bench.main, "votes", one, ballot("three", "a", "C"))
-    (tmp_path / "foreign.json").write_text("[1]")
-    assert "not a votes file" in refuses(bench.main, "votes", tmp_path / "foreign.json")
+    for foreign in ("[1]", '{"kind": "b"}', one.read_text().replace('"a"}', "1}")):
+        (tmp_path / "foreign.json").write_text(foreign)
+        assert "not a votes file" in refuses(bench.main, "votes", tmp_path / "foreign.json")
     assert "No such file" in refuses(bench.main, "votes", tmp_path / "nowhere.json")
     assert "same two folders" in refuses(bench.main, "votes")
