@@ -8,7 +8,6 @@ Flow is (..., 2, H, W) in pixels per frame, x (right) then y (down). Flow k goes
 frame k + 1; the last one is repeated, so that flow and video have the same length.
 """
 import argparse
-import functools
 import itertools
 import logging
 import math
@@ -33,6 +32,12 @@ logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)     # it warns of ev
 
 # ---------------------------------------------------------------- files and errors, for all scripts
 
+def out_of_memory(error):
+    """Whether an exception says so; a CPU's is a RuntimeError."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or \
+        "can't allocate memory" in str(error)
+
+
 def report_errors(main):
     """Runs a script's main. Bad input, a ValueError, a file that cannot be read or written, or too
     little memory ends as one line on stderr and exit code 2, Ctrl-C as one line and a shell's
@@ -43,9 +48,9 @@ def report_errors(main):
     try:
         main()
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or \
-                "can't allocate memory" in str(error):              # (the CPU's is a RuntimeError)
-            error = "out of memory: take a smaller batch or size, fewer videos, or --accumulate"
+        if out_of_memory(error):
+            error = ("out of memory: take a smaller batch or size, fewer videos, or (training) "
+                     "--accumulate")
         elif isinstance(error, RuntimeError):
             raise
         elif getattr(error, "filename", None):
@@ -68,7 +73,9 @@ def write_file(path, save):
         save(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:        # (torch.save's own are RuntimeErrors)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        if out_of_memory(error):                    # of what is computed while it is written
+            raise
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise ValueError(f"cannot write {path}: {reason}") from None
     finally:
         temporary.unlink(missing_ok=True)
@@ -245,7 +252,8 @@ def rgb_to_flow(rgb, sigma=0.15):
 
 # ---------------------------------------------------------------- The sprite world
 # Coordinates of a scene are in frame widths, x right and y down, its time tau runs from 0 to 1 over
-# the clip, so one seed is the same scene at every size and length. Angles are clockwise on screen.
+# the clip, so one seed is the same scene at every size and length (but that swings and orbits are
+# fitted into the frame by the positions that are shown). Angles are clockwise on screen.
 
 HELD_OUT = 1_000_000_000            # seeds below are for training, from here on for evaluation
 COLOURS = {"red": (.90, .12, .12), "green": (.10, .62, .18), "blue": (.12, .25, .90),
@@ -333,10 +341,8 @@ def collision_paths(radii, tau, rng):
     fits = min(1, *(room / (1 - when) / np.maximum(np.abs(after), 1e-9)))   # stay in the frame
     v, after = v * fits, after * fits
     contact = np.array([middle - radii[0], middle + radii[1]])
-    paths = []
-    for i in range(2):
-        x = contact[i] + np.where(tau < when, v[i], after[i]) * (tau - when)
-        paths.append(np.stack([x, np.full_like(tau, y), np.zeros_like(tau)], -1))
+    x = contact[:, None] + np.where(tau < when, v[:, None], after[:, None]) * (tau - when)
+    paths = [np.stack([row, np.full_like(tau, y), np.zeros_like(tau)], -1) for row in x]
     return paths, {"when": when, "before": v, "after": after}
 
 
@@ -382,7 +388,8 @@ def sprite_scene(seed, frames, rich):
 
 
 def signed_distance(shape, x, y, r):
-    """Distance in px from points to the outline of a shape of radius r; negative inside."""
+    """Distance in px from points to the outline of a shape of radius r (beyond corners to its
+    edges' lines); negative inside."""
     if shape == "circle":
         return torch.hypot(x, y) - .95 * r
     if shape == "square":
@@ -400,91 +407,66 @@ def signed_distance(shape, x, y, r):
     return (a - 1.15 * r) * normal[1] - b * normal[0]
 
 
-def render_background(backgrounds, size):
-    """(N, 3, H, W): a pale colour, on textured ones with a faint pattern in all channels."""
-    colour = torch.tensor(np.stack([b["colour"] for b in backgrounds]), dtype=torch.float32)
-    canvas = colour[:, :, None, None].repeat(1, 1, size, size)
+def render_background(background, size):
+    """(3, H, W): a pale colour, on textured ones with a faint pattern in all channels."""
+    kind, wave, phase = background["kind"], background["wave"], background["phase"]
     grid = (torch.arange(size) + .5) / size * 2 * math.pi
     y, x = torch.meshgrid(grid, grid, indexing="ij")
-    for i, b in enumerate(backgrounds):
-        if b["kind"] == "plain":
-            continue
-        (a, c), phase = 4 * b["wave"][0], b["phase"]
-        if b["kind"] == "stripes":
-            pattern = torch.tanh(3 * torch.sin(a * x + c * y + phase[0]))
-        elif b["kind"] == "checks":
-            pattern = torch.tanh(4 * torch.sin((2 + abs(a)) * x + phase[0])
-                                 * torch.sin((2 + abs(a)) * y + phase[1]))
-        else:
-            pattern = sum(torch.sin(2 * w[0] * x + 2 * w[1] * y + p)
-                          for w, p in zip(b["wave"], phase)) / 2
-        canvas[i] -= .07 * (1 + pattern)
-    return canvas.clamp(0, 1)
+    a, c = 4 * wave[0]
+    if kind == "plain":
+        pattern = torch.tensor(-1.)
+    elif kind == "stripes":
+        pattern = torch.tanh(3 * torch.sin(a * x + c * y + phase[0]))
+    elif kind == "checks":
+        pattern = torch.tanh(4 * torch.sin((2 + abs(a)) * x + phase[0])
+                             * torch.sin((2 + abs(a)) * y + phase[1]))
+    else:
+        pattern = sum(torch.sin(2 * w[0] * x + 2 * w[1] * y + p) for w, p in zip(wave, phase)) / 2
+    colour = torch.tensor(background["colour"], dtype=torch.float32).view(3, 1, 1)
+    return (colour - .07 * (1 + pattern)).clamp(0, 1).expand(3, size, size)
+
+
+def sprite_clip(seed, frames=16, size=64, rich=.5, order=None):
+    """A clip of the sprite world, by exact geometry with anti-aliased outlines.
+
+    seed: from HELD_OUT on for evaluation. rich in [0, 1]: the share of textured backgrounds
+    and, apart from it, of scenes with two or three independent sprites (the first named in front).
+    order: a permutation of the frames; the flow is then that of the permuted clip.
+    Returns video (T, 3, H, W) in [0, 1], flow (T, 2, H, W) in px, caption, scene. A scene's
+    sprites have `path` (T, 3): x, y of the centre in px and the angle in radians, and `physics`."""
+    scene = sprite_scene(int(seed), frames, rich)
+    video = render_background(scene["background"], size).repeat(frames, 1, 1, 1)
+    flow = torch.zeros(frames, 2, size, size)
+    side = torch.arange(size) + .5
+    y, x = torch.meshgrid(side, side, indexing="ij")
+    for sprite in reversed(scene["sprites"]):                           # back to front
+        sprite["path"][:, :2] *= size
+        sprite["radius"] *= size
+        if order is not None:
+            sprite["path"] = sprite["path"][order]
+        path = torch.tensor(sprite["path"], dtype=torch.float32)[..., None, None]
+        dx, dy, angle = x - path[:, 0], y - path[:, 1], path[:, 2]      # from the centre
+        cos, sin = angle.cos(), angle.sin()
+        distance = signed_distance(sprite["shape"], cos * dx + sin * dy, cos * dy - sin * dx,
+                                   torch.tensor(sprite["radius"]))
+        cover = (.5 - distance).clamp(0, 1).unsqueeze(1)                # (T, 1, H, W)
+        video = torch.lerp(video, torch.tensor(COLOURS[sprite["colour"]]).view(3, 1, 1), cover)
+        # rigid motion: turn about the centre, then move with it
+        step_x, step_y, turn = path.diff(dim=0, append=path[-1:]).unbind(1)
+        cos, sin = turn.cos(), turn.sin()
+        moved = torch.stack([cos * dx - sin * dy - dx + step_x,
+                             sin * dx + cos * dy - dy + step_y], 1)
+        flow = torch.where(cover >= .5, moved, flow)
+    flow[-1] = flow[-2:][0]                                             # (the last one is repeated)
+    return video, flow, scene["caption"], scene
 
 
 def sprite_clips(seeds, frames=16, size=64, rich=.5, orders=None):
-    """Many clips of the sprite world at once, by exact geometry with anti-aliased outlines.
-
-    seeds: ints, from HELD_OUT on for evaluation. rich in [0, 1]: the share of textured backgrounds
-    and, apart from it, of scenes with two or three independent sprites (the first named in front).
-    orders: a permutation of the frames for each clip; the flow is then that of the permuted clip.
-    Returns video (N, T, 3, H, W) in [0, 1], flow (N, T, 2, H, W) in px, captions, scenes. A scene's
-    sprites have `path` (T, 3): x, y of the centre in px and the angle in radians, and `physics`."""
-    scenes = [sprite_scene(int(seed), frames, rich) for seed in seeds]
-    N, T = len(scenes), frames
-    window = 2 * math.ceil(.17 * 1.2 * size) + 2                        # holds the largest sprite
-    background = render_background([s["background"] for s in scenes], size)
-    # a canvas of pixels (r, g, b, u, v), padded on every side so that no sprite needs clipping
-    pad = window // 2
-    side = size + 2 * pad
-    canvas = torch.zeros(N, T, side, side, 5)
-    inner = canvas[:, :, pad:pad + size, pad:pad + size]
-    inner[..., :3] = background.permute(0, 2, 3, 1).unsqueeze(1)
-    pixels = canvas.view(-1, 5)
-    for i, scene in enumerate(scenes):
-        for sprite in scene["sprites"]:
-            sprite["path"][:, :2] *= size
-            sprite["radius"] *= size
-            if orders is not None:
-                sprite["path"] = sprite["path"][orders[i]]
-    for depth in reversed(range(max(len(s["sprites"]) for s in scenes))):       # back to front
-        for shape in SHAPES:
-            chosen = [i for i, s in enumerate(scenes) if len(s["sprites"]) > depth
-                      and s["sprites"][depth]["shape"] == shape]
-            if not chosen:
-                continue
-            sprites = [scenes[i]["sprites"][depth] for i in chosen]
-            path = torch.tensor(np.stack([s["path"] for s in sprites]), dtype=torch.float32)
-            after = torch.cat([path[:, 1:], path[:, -1:]], 1)
-            r = torch.tensor([s["radius"] for s in sprites])[:, None, None, None]
-            corner = (path[..., :2] - window / 2).round().long()                # (n, T, 2)
-            cols = corner[..., 0, None, None] + torch.arange(window)            # (n, T, 1, window)
-            rows = corner[..., 1, None, None] + torch.arange(window)[:, None]   # (n, T, window, 1)
-            cx, cy, angle = path[..., None, None].unbind(2)                     # (n, T, 1, 1)
-            x, y = cols + .5 - cx, rows + .5 - cy                               # from the centre
-            cos, sin = angle.cos(), angle.sin()
-            distance = signed_distance(shape, cos * x + sin * y, cos * y - sin * x, r)
-            cover = (.5 - distance).clamp(0, 1)                         # (n, T, window, window)
-            # rigid motion: turn about the centre, then move with it
-            step_x, step_y, turn = (after - path)[..., None, None].unbind(2)
-            cos, sin = turn.cos(), turn.sin()
-            moved = torch.stack([cos * x - sin * y - x + step_x,
-                                 sin * x + cos * y - y + step_y], -1)
-            frame = torch.tensor(chosen)[:, None] * T + torch.arange(T)         # (n, T)
-            at = (frame[..., None, None] * side + rows + pad) * side + cols + pad
-            under, cover = pixels[at], cover[..., None]
-            paint = torch.tensor([COLOURS[s["colour"]] for s in sprites])[:, None, None, None]
-            pixels[at] = torch.cat([torch.lerp(under[..., :3], paint, cover),
-                                    torch.where(cover >= .5, moved, under[..., 3:])], -1)
-    video, flow = inner.permute(0, 1, 4, 2, 3).split([3, 2], 2)
-    flow = torch.cat([flow[:, :-1], flow[:, -2:][:, :1]], 1)    # (the last one is repeated)
-    return video.contiguous(), flow, [s["caption"] for s in scenes], scenes
-
-
-def sprite_clip(seed, frames=16, size=64, rich=.5):
-    """One clip: video (T, 3, H, W), flow (T, 2, H, W), caption, scene (see sprite_clips)."""
-    video, flow, captions, scenes = sprite_clips([seed], frames, size, rich)
-    return video[0], flow[0], captions[0], scenes[0]
+    """Many clips: video (N, T, 3, H, W), flow (N, T, 2, H, W), captions, scenes."""
+    video, flow, captions, scenes = zip(*(
+        sprite_clip(seed, frames, size, rich, order)
+        for seed, order in zip(seeds, orders or itertools.repeat(None))))
+    return torch.stack(video), torch.stack(flow), list(captions), list(scenes)
 
 
 # ---------------------------------------------------------------- RAFT: the small model
@@ -682,21 +664,15 @@ class RAFT(nn.Module):
         Raises ValueError, one line, where the file is missing, damaged or of another network."""
         if not Path(path).is_file():
             raise ValueError(f"{path}: no such weights file")
+        raft = cls()
         try:
             state = dict(torch.load(path, map_location="cpu", weights_only=True))
-        except Exception:                           # a damaged file can raise almost anything
-            raise ValueError(f"{path}: damaged, or not a file of weights") from None
-        if "module.fnet.conv1.weight" in state:
-            state = {torchvision_name(key): value for key, value in state.items()}
-        raft = cls()
-        expected = raft.state_dict()
-        for key in [*expected, *state]:
-            shapes = [tuple(d[key].shape) if torch.is_tensor(d.get(key)) else "missing"
-                      for d in (state, expected)]
-            if shapes[0] != shapes[1]:
-                raise ValueError(f"{path}: not RAFT-small's weights: {key} is {shapes[0]} in the "
-                                 f"file, {shapes[1]} in the network")
-        raft.load_state_dict(state)                 # copies into fp32 parameters
+            if "module.fnet.conv1.weight" in state:
+                state = {torchvision_name(key): value for key, value in state.items()}
+            raft.load_state_dict(state)                 # copies into fp32 parameters
+        except Exception as error:                      # a damaged file can raise almost anything
+            raise ValueError(f"{path}: damaged, or not RAFT-small's weights: "
+                             f"{' '.join(str(error).split())[:200]}") from None
         return raft.eval().requires_grad_(False)
 
 
@@ -727,8 +703,8 @@ def upsample(flow):
 def estimate_flow(raft, video, iters=12):
     """video (B, T, 3, H, W) in [0, 1] -> flow (B, T, 2, H, W) in px, the last one repeated.
 
-    Each frame's features are computed once, memory does not grow with T apart from the result, and
-    products are in bf16 where that is fast, on the device that raft is on.
+    Each frame's features are computed once, products are in bf16 where that is fast, on the device
+    that raft is on. Of memory only the video itself and the result grow with T.
     ValueError where the video has another shape, one frame only, or NaN or infinite pixels."""
     if video.dim() != 5 or video.shape[2] != 3 or not video.is_floating_point():
         raise ValueError(f"a video is (B, T, 3, H, W) in [0, 1], this one is "
@@ -739,12 +715,11 @@ def estimate_flow(raft, video, iters=12):
         raise ValueError("flow needs two frames at least, the video has one")
     if not video.isfinite().all():
         raise ValueError("the video has pixels that are NaN or infinite")
-    (h, w), _ = raft.layout(H, W)
-    pairs = max(1, 2 ** 23 // max(1, h * w // 64) ** 2)     # a chunk's correlations: 32 MB
     result = video.new_empty(B, T, 2, H, W)
     with autocast(video.device):
         for clip, flow in zip(video, result):
             features1 = raft.feature_encoder(raft.prepare(clip[:1]))
+            pairs = max(1, 2 ** 23 // features1[0, 0].numel() ** 2)     # their correlations: 32 MB
             for k in range(0, T - 1, pairs):
                 images = raft.prepare(clip[k:k + pairs + 1])
                 features = torch.cat([features1, raft.feature_encoder(images[1:])])
@@ -787,28 +762,10 @@ def photo_crops(photos, n, side, generator):
     return torch.cat(crops)
 
 
-def bent(x, y, m):
-    """The smooth bending of a layer at points x, y (n, P): two waves, of wave vectors m[10 + k],
-    m[12 + k] and phases m[14 + k], that move x by m[16 + k] and y by m[18 + k] px at most."""
-    wave = [torch.sin(m[10 + k] * x + m[12 + k] * y + m[14 + k]) for k in (0, 1)]
-    return m[16] * wave[0] + m[17] * wave[1], m[18] * wave[0] + m[19] * wave[1]
-
-
-def moved(x, y, m):
-    """Where the points x, y (n, P) of frame 1 are in frame 2: c + s + A v / (1 + g v), v = p - c,
-    with the centre c = m[0:2], shift s = m[2:4], A = m[4:8] by rows, perspective g = m[8:10]."""
-    x, y = x - m[0], y - m[1]
-    depth = 1 + m[8] * x + m[9] * y
-    return (m[0] + m[2] + (m[4] * x + m[5] * y) / depth,
-            m[1] + m[3] + (m[6] * x + m[7] * y) / depth)
-
-
-def moved_back(x, y, m):
-    """The inverse of `moved`, by Sherman and Morrison: b = A^-1 (p - c - s), v = b / (1 - g b)."""
-    x, y, det = x - m[0] - m[2], y - m[1] - m[3], m[4] * m[7] - m[5] * m[6]
-    x, y = (m[7] * x - m[5] * y) / det, (m[4] * y - m[6] * x) / det
-    depth = 1 - m[8] * x - m[9] * y
-    return m[0] + x / depth, m[1] + y / depth
+def project(H, points):
+    """Points (n, 2, P) through homographies H (n, 3, 3): an affine motion and a perspective."""
+    points = H[..., :2] @ points + H[..., 2:]
+    return points[:, :2] / points[:, 2:]
 
 
 def read_photos(folder):
@@ -819,7 +776,7 @@ def read_photos(folder):
             image = read_image(path)
         except ValueError:
             continue
-        if len(image) == 3 and min(image.shape[1:]) >= 64:
+        if min(image.shape[1:]) >= 64:
             photos.append((image * 255).round().byte())
     if not photos:
         raise ValueError(f"{folder}: no images of 64 px or more in it")
@@ -841,88 +798,89 @@ def flow_scenes(n, size, seed, shapes=6, photos=()):
         return torch.rand(n, *shape, generator=generator) * (high - low) + low
 
     def chance(p):
-        return uniform(0, 1, 1) < p
+        return uniform(0, 1, 1, 1) < p
+
+    def direction(angle):                           # (n, k, 1) -> (n, k, 2)
+        return torch.cat([angle.cos(), angle.sin()], -1)
 
     def shift(most):                                # small ones are the most frequent
-        theta = uniform(0, 2 * math.pi, 1)
-        return torch.stack([theta.cos(), theta.sin()]) * size * most * uniform(0, 1, 1) ** 3
+        return direction(uniform(0, 2 * math.pi, 1, 1)).mT * size * most * uniform(0, 1, 1, 1) ** 3
+
+    def rotation(angle):                            # (n, 1, 1) -> (n, 2, 2)
+        return torch.cat([direction(angle), direction(angle + math.pi / 2)], 1).mT
 
     side = torch.arange(size) + .5
-    y, x = (axis.reshape(1, -1) for axis in torch.meshgrid(side, side, indexing="ij"))  # (1, P)
-    frames = torch.zeros(2, n, 3, size * size)
-    front, motions = torch.zeros(n, size * size, dtype=torch.long), []  # the front layer's number
+    points = torch.stack(torch.meshgrid(side, side, indexing="xy")).flatten(1)          # (2, P)
+    frames, flow = torch.zeros(2, n, 3, size * size), torch.zeros(n, 2, size * size)
     pace = torch.where(chance(.5), .1, 1.)          # fractions of a pixel have to be learned too
     camera, camera_turn, camera_zoom = (pace * part for part in (
-        shift(.25), *uniform(-.45, .45, 1, 2).pow(3).unbind(-1)))
+        shift(.25), *uniform(-.45, .45, 2, 1, 1).pow(3).unbind(1)))
     for layer in range(shapes + 1):                 # from the background to the front
         # texture: a picture of the frame's size, reflected beyond its edges
         textured = chance(.8)                       # the others are plain
-        slope = uniform(-.4, .4, 3, 2) * uniform(0, 1, 1, 1) ** 2 @ torch.cat([x, y]) / size
+        slope = uniform(-.4, .4, 3, 2) * uniform(0, 1, 1, 1) ** 2 @ points / size
         noise = fractal_noise(n, size, generator).flatten(2) * uniform(.3, 3, 1, 1)
         detail = slope + uniform(.05, .5, 1, 1) * noise.tanh()
-        picture = (uniform(.1, .9, 3, 1) + textured[..., None] * detail).view(n, 3, size, size)
+        picture = (uniform(.1, .9, 3, 1) + textured * detail).view(n, 3, size, size)
         if photos:
-            taken = (textured & chance(.5))[..., None, None]
+            taken = (textured & chance(.5)).unsqueeze(-1)
             picture = torch.where(taken, photo_crops(photos, n, size, generator), picture)
-        # motion: the parameters of `moved` and `bent`
+        # motion: v -> s + A v / (1 + g v), v from the layer's centre
         own = pace * chance(.7 if layer else .3)
-        s = camera * uniform(.5, 1.5, 1) + own * shift(.2)              # nearer or farther
-        turn = camera_turn + own * uniform(-.7, .7, 1) ** 3
-        zoom = (camera_zoom + own * uniform(-.5, .5, 1) ** 3).exp()
-        shear = own[..., None] * uniform(-.4, .4, 1, 4) ** 3
-        A = zoom * torch.stack([turn.cos(), -turn.sin(), turn.sin(), turn.cos()]) \
-            + shear.movedim(-1, 0)
-        g = own * (uniform(-1, 1, 1, 2) ** 3).movedim(-1, 0) * .5 / size
-        length, theta = size * uniform(.3, 2, 2), uniform(0, 2 * math.pi, 2)
-        k = 2 * math.pi / length                    # slope below 0.4, so that it can be inverted
-        bend = pace * .2 / k * uniform(-1, 1, 2, 2).movedim(1, 0) * chance(.4)          # (2, n, 2)
+        s = camera * uniform(.5, 1.5, 1, 1) + own * shift(.2)           # nearer or farther
+        turn = camera_turn + own * uniform(-.7, .7, 1, 1) ** 3
+        zoom = (camera_zoom + own * uniform(-.5, .5, 1, 1) ** 3).exp()
+        A = zoom * rotation(turn) + own * uniform(-.4, .4, 2, 2) ** 3
+        g = own * uniform(-1, 1, 1, 2) ** 3 * .5 / size
+        # and a smooth bending: two waves of vectors k
+        length, theta = size * uniform(.3, 2, 2, 1), uniform(0, 2 * math.pi, 2, 1)
+        k = 2 * math.pi / length * direction(theta)
+        # slope below 0.4, so that it can be inverted
+        bend = pace * .2 * length.mT / (2 * math.pi) * uniform(-1, 1, 2, 2) * chance(.4)
         if layer == 0:                              # what nobody can see move does not move
             s, g, bend = s * textured, g * textured, bend * textured
-            A = torch.where(textured, A, torch.tensor([1., 0, 0, 1]).view(4, 1, 1))
-        m = torch.cat([uniform(0, size, 1, 2).movedim(-1, 0), s, A, g, *(
-            part.movedim(-1, 0).unsqueeze(-1) for part in
-            (k * theta.cos(), k * theta.sin(), uniform(0, 2 * math.pi, 2), *bend))])    # (20, n, 1)
-        motions.append(m)
+            A = torch.where(textured, A, torch.eye(2))
+        centre, phase = uniform(0, size, 2, 1), uniform(0, 2 * math.pi, 2, 1)
+        H = torch.cat([torch.cat([A + s * g, s], 2), F.pad(g, (0, 1), value=1)], 1)
+        back = torch.linalg.inv(H)
+
+        def bent(v):
+            return bend @ torch.sin(k @ (v + centre) + phase)
+
         # outline: a body of uneven radius in stretched coordinates, or half-planes
-        stretch = (uniform(-1, 1, 1) * (1 + 1.2 * chance(.2))).exp()    # some are thin
-        radius, slant = size * uniform(.2, .6, 1) ** 2 + 1, uniform(0, math.pi, 1)
-        lobes = torch.tensor([2., 3, 7, 19])
-        uneven = uniform(-.6, .6, 4) / lobes ** uniform(.2, 1.5, 1) * chance(.6)
-        turned, sides = uniform(0, 2 * math.pi, 4), uniform(0, 1, 6) + torch.arange(6)
-        offsets, body, present = radius * uniform(.5, 1, 6), chance(.6), chance(.7)
-        scale, where = uniform(.6, 1.2, 1, 1), uniform(-.5, .5, 1, 2)
-        back, bending = moved_back(x, y, m), bent(x, y, m)
-        for i, (u, v) in enumerate(((x, y), (back[0] + bending[0], back[1] + bending[1]))):
-            grid = torch.stack([u, v], -1).expand(n, -1, -1) * (2 * scale / size) - scale + where
-            paint = F.grid_sample(picture, grid.view(n, size, size, 2), align_corners=False,
+        stretch = (uniform(-1, 1, 1, 1) * (1 + 1.2 * chance(.2))).exp()     # some are thin
+        radius, slant = size * uniform(.2, .6, 1, 1) ** 2 + 1, uniform(0, math.pi, 1, 1)
+        axes = torch.cat([stretch, 1 / stretch], 1) * rotation(slant).mT
+        lobes = torch.tensor([2., 3, 7, 19]).view(4, 1)
+        uneven = uniform(-.6, .6, 4, 1) / lobes ** uniform(.2, 1.5, 1, 1) * chance(.6)
+        turned = uniform(0, 2 * math.pi, 4, 1)
+        sides = uniform(0, 1, 6, 1) + torch.arange(6.).view(6, 1)
+        offsets, body, present = radius * uniform(.5, 1, 6, 1), chance(.6), chance(.7)
+        scale, where = uniform(.6, 1.2, 1, 1), uniform(-.5, .5, 2, 1)
+        first = points - centre
+        for i, v in enumerate((first, project(back, first) + bent(first))):
+            grid = (v + centre) * (2 * scale / size) - scale + where
+            paint = F.grid_sample(picture, grid.mT.view(n, size, size, 2), align_corners=False,
                                   padding_mode="reflection").flatten(2)                 # (n, 3, P)
-            cover = torch.ones(n, size * size)
+            cover = torch.ones(n, 1, size * size)
             if layer > 0:
-                u, v = u - m[0], v - m[1]
-                along = (u * slant.cos() + v * slant.sin()) * stretch
-                across = (v * slant.cos() - u * slant.sin()) / stretch
-                around, edge = torch.atan2(across, along), torch.ones(1)
-                for j in range(4):
-                    lobe = (lobes[j] * around + turned[:, j, None]).cos()
-                    edge = edge + uneven[:, j, None] * lobe
-                planes = [along * sides[:, j, None].cos() + across * sides[:, j, None].sin()
-                          - offsets[:, j, None] for j in range(6)]
-                distance = torch.where(body, torch.hypot(along, across) - radius * edge,
-                                       functools.reduce(torch.maximum, planes))
+                v = axes @ v
+                waves = (lobes * torch.atan2(v[:, 1:], v[:, :1]) + turned).cos()        # (n, 4, P)
+                edge = radius * (1 + (uneven * waves).sum(1, keepdim=True))
+                planes = direction(sides) @ v - offsets                                 # (n, 6, P)
+                distance = torch.where(body, torch.hypot(v[:, :1], v[:, 1:]) - edge,
+                                       planes.amax(1, keepdim=True))
                 cover = (.5 - distance).clamp(0, 1) * present
-            frames[i].lerp_(paint, cover.unsqueeze(1))
+            frames[i].lerp_(paint, cover)
             if i == 0:
-                front[cover >= .5] = layer
-    m = torch.stack(motions, 2)[..., 0].gather(2, front.expand(20, -1, -1))             # (20, n, P)
-    u, v = moved(x, y, m)
-    for _ in range(8):                              # p2 = moved(p1 - bent(p2)), a contraction
-        bending = bent(u, v, m)
-        u, v = moved(x - bending[0], y - bending[1], m)
-    flow = torch.stack([u - x, v - y], 1)
+                second = project(H, first)
+                for _ in range(8):          # a contraction
+                    second = project(H, first - bent(second))
+                flow = torch.where(cover >= .5, second - first, flow)
     frames = frames.view(2, n, 3, size, size)
-    lit = chance(.4)[..., None, None]               # light and contrast change, evenly or not
+    lit = chance(.4).unsqueeze(-1)                  # light and contrast change, evenly or not
     uneven = F.interpolate(uniform(-.2, .2, 1, 2, 2), (size, size), mode="bilinear")
-    gain = (uniform(-.2, .2, 1, 1, 1) + uneven * chance(.4)[..., None, None]) * lit
+    gain = (uniform(-.2, .2, 1, 1, 1) + uneven * chance(.4).unsqueeze(-1)) * lit
     frames[1] = frames[1].clamp(min=0) ** (uniform(-.2, .2, 1, 1, 1) * lit).exp() * gain.exp()
     if torch.rand((), generator=generator) < .25:
         frames = F.avg_pool2d(F.pad(frames.flatten(0, 1), (1, 1, 1, 1), mode="replicate"), 3, 1) \
@@ -963,7 +921,7 @@ def training_pairs(step, batch, photos=()):
     clip = torch.arange(sprites)
     k = (step // 2 + 5 * clip) % (frames - 1)
     small = [torch.cat(parts) for parts in zip((video[clip, k], video[clip, k + 1], flow[clip, k]),
-                                               flow_scenes(scenes, 64, step, photos=photos))]
+                                               flow_scenes(scenes, 64, -1 - step, photos=photos))]
     enlarged = enlarged_crops(*small, torch.Generator().manual_seed(step))
     return [torch.cat(parts) for parts in zip(
         enlarged, flow_scenes(batch - sprites - scenes, 128, step, photos=photos))]
@@ -993,7 +951,7 @@ def validate(raft, out, clips=4):
 def train_raft(out="runs/raft", steps=20_000, batch=8, lr=4e-4, weights=None, images=None,
                iters=8, every=500, seed=0):
     """Trains RAFT, from nothing or from `weights`; a second call on the same folder goes on where
-    the first stopped, and ends with the same weights as an uninterrupted one.
+    the first stopped, and ends with the same weights as an uninterrupted one of as many steps.
 
     images: a folder of photographs that become textures; seed: of the pairs, so that a training
     that begins from another's weights need not see the same ones. Writes out/state.pt (to resume),
@@ -1034,11 +992,11 @@ def train_raft(out="runs/raft", steps=20_000, batch=8, lr=4e-4, weights=None, im
             adamw.step()
             muon.step()
         if (step + 1) % every == 0 or step + 1 == steps:
-            write_tensors(out / "state.pt", {
+            write_tensors(out / "raft.pt", {k: v.half() for k, v in raft.state_dict().items()})
+            write_tensors(out / "state.pt", {           # last: with it the step is done
                 "kind": "raft training", "settings": settings, "step": step + 1,
                 "model": raft.state_dict(), "adamw": adamw.state_dict(),
                 "muon": muon.state_dict()})
-            write_tensors(out / "raft.pt", {k: v.half() for k, v in raft.state_dict().items()})
             scores = validate(raft, out)
             tqdm.write(f"step {step + 1}: median error of what moves, px: {scores}")
         bar.set_postfix(loss=loss.item(), **scores)
@@ -1061,7 +1019,7 @@ def read_flow(path):
         reader = imageio_ffmpeg.read_frames(str(path.absolute()), pix_fmt="rgb48le",
                                             bits_per_pixel=48)
         try:
-            if path.read_bytes()[24] != 16:         # bits: ffmpeg would widen fewer
+            if path.read_bytes()[24:26] != b"\x10\2":       # 16 bits, colour: ffmpeg would widen
                 raise ValueError
             width, height = next(reader)["size"]
             data = np.frombuffer(next(reader), "<u2").reshape(height, width, 3).astype(np.float32)
@@ -1071,7 +1029,7 @@ def read_flow(path):
     if not known.any():
         raise ValueError(f"{path}: no pixel's flow is known")
     return torch.from_numpy(np.where(known[..., None], flow, 0)).permute(2, 0, 1), \
-        torch.from_numpy(known.copy())
+        torch.from_numpy(known)
 
 
 def read_image(path):
@@ -1080,7 +1038,8 @@ def read_image(path):
         image = iio.imread(path)
     except Exception:                               # whatever the decoder says of other files
         raise ValueError(f"{path}: not an image") from None
-    if image.ndim not in (2, 3) or image.dtype.kind != "u":
+    if image.ndim not in (2, 3) or image.dtype.kind != "u" or \
+            image.ndim == 3 and image.shape[-1] > 4:            # (several grey pages)
         raise ValueError(f"{path}: not one image of 8 or 16 bits")
     image = image[..., None] if image.ndim == 2 else image
     image = image[..., :3] if image.shape[-1] > 2 else image[..., :1].repeat(3, -1)     # (no alpha)
@@ -1092,6 +1051,7 @@ def evaluate(raft, folder):
     """Prints the end-point error of every pair below `folder`, laid out as Middlebury's:
     frame10.png and frame11.png in a folder, flow10.flo or flow10.png beside them or in the folder
     of the same name elsewhere (other-data/Venus, other-gt-flow/Venus)."""
+    line = "{:<24} {:8.3f} px   (no motion: {:.3f} px)".format
     folder, rows, truths = Path(folder), [], {}
     # (Middlebury's flow10.png is a picture beside the .flo, which therefore comes first)
     for path in sorted(folder.rglob("flow10.*")):
@@ -1112,19 +1072,18 @@ def evaluate(raft, folder):
         flow = estimate_flow(raft, torch.stack(pair)[None])[0, 0].cpu()
         error = (flow - truth).norm(dim=0)[known]
         still = truth.norm(dim=0)[known].mean().item()
-        rows.append((first.parent.name, error.mean().item(), still))
-        tqdm.write(f"{rows[-1][0]:<24} {rows[-1][1]:8.3f} px   (no motion: {rows[-1][2]:.3f} px)")
-    print(f"{'mean of ' + str(len(rows)):<24} {np.mean([row[1] for row in rows]):8.3f} px   "
-          f"(no motion: {np.mean([row[2] for row in rows]):.3f} px)")
+        rows.append((error.mean().item(), still))
+        tqdm.write(line(first.parent.name, *rows[-1]))
+    print(line(f"mean of {len(rows)}", *np.mean(rows, axis=0)))
 
 
 def render_flow(raft, path, chunk=16):
     """Writes the flow of a video beside it, as video-flow.mp4 (Eq. 5), and prints how large it is.
     Frames come and go in chunks, so any length fits into memory."""
-    path = Path(path)
-    target, total, largest, count = path.with_name(f"{path.stem}-flow.mp4"), 0., 0., 0
-    if not path.is_file():
+    if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
+    path, means, largest = Path(path), [], []           # of each frame's flow, px
+    target = path.with_name(f"{path.stem}-flow.mp4")
     try:
         reader = imageio_ffmpeg.read_frames(str(path.absolute()))
         meta = next(reader)
@@ -1133,7 +1092,6 @@ def render_flow(raft, path, chunk=16):
     width, height = meta["size"]
 
     def pictures():
-        nonlocal total, largest, count
         frames = []
         for data in itertools.chain(reader, [None]):
             if data is not None:
@@ -1141,26 +1099,25 @@ def render_flow(raft, path, chunk=16):
                     height, width, 3).permute(2, 0, 1) / 255)
             if len(frames) > 1 and (data is None or len(frames) > chunk):
                 flow = estimate_flow(raft, torch.stack(frames)[None])[0, :-1].cpu()
-                size = flow.norm(dim=1)
-                total, largest = total + size.sum().item(), max(largest, size.max().item())
-                count += size.numel()
+                size = flow.norm(dim=1).flatten(1)
+                means.extend(size.mean(1).tolist()), largest.extend(size.amax(1).tolist())
                 rgb = (flow_to_rgb(flow) * 255).round().byte().permute(0, 2, 3, 1).numpy()
                 yield from rgb
                 bar.update(len(flow))
                 frames = frames[-1:]
-        if not count:
+        if not means:
             raise ValueError(f"{path}: flow needs two frames at least, the video has {len(frames)}")
         yield rgb[-1]                               # the last one is repeated
 
     def save(temporary):
         iio.imwrite(temporary, pictures(), is_batch=True, plugin="FFMPEG", fps=meta["fps"],
                     macro_block_size=2, output_params=["-crf", "12"], ffmpeg_log_level="quiet")
-        check_video(temporary, count // (width * height) + 1)
+        check_video(temporary, len(means) + 1)
 
     pairs = max(1, round(meta["duration"] * meta["fps"]) - 1)
     with tqdm(total=pairs, desc="estimating", unit="pair") as bar:
         write_file(target, save)
-    print(f"{target}: mean {total / count:.3f} px, largest {largest:.2f} px a frame")
+    print(f"{target}: mean {np.mean(means):.3f} px, largest {max(largest):.2f} px a frame")
 
 
 def main():
@@ -1171,7 +1128,7 @@ def main():
     what.add_argument("--eval", metavar="FOLDER", help="end-point error on pairs with true flow")
     parser.add_argument("--weights", help="other weights than weights/raft.pt; --train: start from "
                         "these (default: from nothing)")
-    parser.add_argument("--out", default="runs/raft", help="folder of the training")
+    parser.add_argument("--out", help="--train: its folder (default: runs/raft)")
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=4e-4)
@@ -1179,12 +1136,15 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the training's pairs")
     args = parser.parse_args()
     if args.train:
-        if args.batch < 3 or args.steps < 1 or not 0 < args.lr < math.inf or \
-                not 0 <= args.seed < 100:
-            raise ValueError("--batch must be 3 at least, --steps and --lr positive, --seed from 0 "
-                             "to 99")
-        return train_raft(args.out, args.steps, args.batch, args.lr, args.weights, args.images,
+        # (so that no clip of sprites is a held-out one)
+        if not 3 <= args.batch <= 256 or not 1 <= args.steps <= 100_000 or \
+                not 0 < args.lr < math.inf or not 0 <= args.seed < 100:
+            raise ValueError("--batch must be from 3 to 256, --steps from 1 to 100,000, --lr "
+                             "positive, --seed from 0 to 99")
+        return train_raft(args.out or "runs/raft", args.steps, args.batch, args.lr, args.weights, args.images,
                           seed=args.seed)
+    if args.out is not None:
+        raise ValueError("--out is the folder of --train; flow is written beside its video")
     raft = RAFT.load(args.weights or ROOT / "weights/raft.pt")
     raft.to("cuda" if torch.cuda.is_available() else "cpu")
     if args.eval is not None:

@@ -17,7 +17,7 @@ from conftest import ROOT, bad_weights
 import flow as script
 from flow import (COLOURS, DIRECTIONS, HELD_OUT, MOTIONS, RAFT, SHAPES, autocast, bouncing,
                   correlation_pyramid, estimate_flow, flow_scenes, flow_to_rgb, is_held_out,
-                  look_up, moved, moved_back, read_flow, read_image, read_photos, rgb_to_flow,
+                  look_up, project, read_flow, read_image, read_photos, rgb_to_flow,
                   sprite_clip, sprite_clips, sprite_scene, torchvision_name, write_file)
 
 CLIPS = ROOT.parent / "shared/clips"
@@ -94,7 +94,7 @@ def test_eq5_round_trip_below_saturation_in_any_batch_shape():
     back = rgb_to_flow(flow_to_rgb(flow))
     torch.testing.assert_close(back[keep], flow[keep], atol=1e-4, rtol=1e-4)
     # beyond it the angle stays and the norm is the limit
-    wide = back[~keep].view(-1).new_tensor(0) + back.norm(dim=2)[~keep[:, :, 0]]
+    wide = back.norm(dim=2)[~keep[:, :, 0]]
     torch.testing.assert_close(wide, torch.full_like(wide, limit), atol=1e-4, rtol=1e-4)
 
 
@@ -333,7 +333,7 @@ def test_raft_flow_is_in_px_of_the_frame_although_small_ones_are_enlarged(raft, 
 
 @pytest.mark.parametrize("B, T, side, dtype, within", [
     (2, 4, 64, torch.float32, 1e-3),
-    (1, 7, 400, torch.float32, 1e-3),                   # 400 px: 5 pairs in a chunk
+    (1, 12, 64, torch.float32, 1e-3),                   # 64 px: 8 pairs in a chunk, then 3
     (1, 3, 32, torch.bfloat16, .02),                    # few: there are CPUs that are slow at it
 ])
 def test_estimate_flow_equals_raft_on_each_pair_and_repeats_the_last(raft, B, T, side, dtype,
@@ -413,11 +413,15 @@ def test_training_scenes_have_exact_flow():
 
 
 def test_a_layers_motion_and_its_inverse():
-    m = torch.tensor([40., 50, 3, -2, 1.1, .1, -.2, .9, 1e-3, -2e-3] + [0.] * 10).view(20, 1, 1)
-    x, y = torch.rand(2, 1, 50) * 96
-    assert moved(m[0], m[1], m)[0].item() == 43 and moved(m[0], m[1], m)[1].item() == 48
-    back = moved_back(*moved(x, y, m), m)
-    torch.testing.assert_close(torch.stack(back), torch.stack([x, y]), atol=1e-3, rtol=0)
+    """p -> (s + A p / (1 + g p)), of which the first row is worked out by hand at p = (10, 20)."""
+    A, s, g = torch.tensor([[[1.1, .1], [-.2, .9]]]), torch.tensor([[[3.], [-2]]]), \
+        torch.tensor([[[1e-3, -2e-3]]])
+    H = torch.cat([torch.cat([A + s * g, s], 2), torch.cat([g, torch.ones(1, 1, 1)], 2)], 1)
+    x, _ = project(H, torch.tensor([[[10.], [20]]]))[0, :, 0].tolist()
+    assert x == pytest.approx(3 + (1.1 * 10 + .1 * 20) / (1 + 1e-3 * 10 - 2e-3 * 20))
+    points = torch.rand(1, 2, 50) * 96 - 48
+    back = project(torch.linalg.inv(H), project(H, points))
+    torch.testing.assert_close(back, points, atol=1e-3, rtol=0)
 
 
 def test_photographs_become_textures(tmp_path):
@@ -432,6 +436,7 @@ def test_photographs_become_textures(tmp_path):
     assert (script.read_image(tmp_path / "deep.png") - 30_000 / 65_535).abs().max() < 1e-6
     (tmp_path / "deep.png").unlink()
     iio.imwrite(tmp_path / "several.gif", np.random.randint(0, 255, (3, 90, 90, 3), np.uint8))
+    iio.imwrite(tmp_path / "pages.tif", np.random.randint(0, 255, (80, 90, 90), np.uint8))
     photos = read_photos(tmp_path)
     assert len(photos) == 1 and photos[0].shape == (3, 80, 90) and (photos[0] == 7).all()
     plain, taken = flow_scenes(4, 64, 3)[0], flow_scenes(4, 64, 3, photos=photos)[0]
@@ -470,6 +475,8 @@ def test_interrupted_raft_training_ends_as_the_uninterrupted_to_the_bit(tmp_path
 
 @pytest.mark.parametrize("error, raised", [(OSError("disk full"), ValueError),
                                            (RuntimeError("PytorchStreamWriter failed"), ValueError),
+                                           (OSError(), ValueError),
+                                           (RuntimeError("can't allocate memory"), RuntimeError),
                                            (KeyboardInterrupt(), KeyboardInterrupt)])
 def test_write_file_leaves_the_old_file_or_the_new_one_and_nothing_else(tmp_path, error, raised):
     def breaks(path):
@@ -528,7 +535,8 @@ def test_true_flow_is_read_from_kittis_png(tmp_path):
     read, seen = read_flow(tmp_path / "flow10.png")
     assert torch.equal(seen, known) and torch.equal(read[:, known], flow[:, known])
     iio.imwrite(tmp_path / "picture.png", np.full((6, 8, 3), 200, np.uint8))
-    for name in ("nowhere.png", "picture.png"):
+    iio.imwrite(tmp_path / "depth.png", np.full((6, 8), 40_000, np.uint16))     # grey
+    for name in ("nowhere.png", "picture.png", "depth.png"):
         with pytest.raises(ValueError, match="not a 16-bit png"):
             read_flow(tmp_path / name)
 
@@ -584,6 +592,8 @@ def test_the_flow_of_a_video_is_written_beside_it(tmp_path, run, refuses, capfd,
     path.write_bytes(path.read_bytes()[:300])
     assert "not a video that can be read" in refuses(script.main, path)
     assert "b.mp4: no such file" in refuses(script.main, tmp_path / "b.mp4")
+    assert "no such file" in refuses(script.main, "/")
+    assert "--out is the folder of --train" in refuses(script.main, path, "--out", tmp_path)
     iio.imwrite(tmp_path / "one.mp4", np.zeros((1, 32, 32, 3), np.uint8), plugin="FFMPEG", fps=8)
     assert "two frames at least" in refuses(script.main, tmp_path / "one.mp4")
     assert not (tmp_path / "one-flow.mp4").exists()
