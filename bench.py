@@ -255,13 +255,8 @@ def vbench(video, fps, raft, flow=None):
     return {"dynamic": dynamic, "flicker": flicker, "smooth": smooth}
 
 
-VBENCH = "dynamic degree %", "temporal flickering %", "motion smoothness %"
-
-
-def vbench_cells(rows):
-    """The three of them over many videos, in per cent."""
-    return [cell([row[key] for row in rows], 100, share=key == "dynamic")
-            for key in ("dynamic", "flicker", "smooth")]
+VBENCH = {"dynamic": "dynamic degree %", "flicker": "temporal flickering %",
+          "smooth": "motion smoothness %"}
 
 
 def frame_statistics(video):
@@ -399,19 +394,21 @@ class World:
                 "through the TAE": (self.coded(self.video), None)}
 
 
-PHYSICS = (("there, in its colour, in all frames %", "there", 100), ("one sprite %", "one", 100),
-           ("of the named shape %", "shape", 100), ("moves as named %", "named", 100),
-           ("one sprite that moves as named %", "whole", 100),
-           ("median motion error of those there, px", "error", 1),
-           ("speed as named %", "speed", 100),
-           ("energy kept by a bounce", "energy", 1))
+PHYSICS = {"there": "there, in its colour, in all frames %", "one": "one sprite %",
+           "shape": "of the named shape %", "named": "moves as named %",
+           "whole": "one sprite that moves as named %",
+           "error": "median motion error of those there, px", "speed": "speed as named %",
+           "energy": "energy kept by a bounce"}
 
 
-def physics_table(results):
-    rows = [[name, *(cell([r[key] for r in rows], scale, np.median if key == "error" else np.mean,
-                          share=scale == 100) for _, key, scale in PHYSICS)]
-            for name, rows in results.items()]
-    return ["", *(title for title, _, _ in PHYSICS)], rows
+def table_of(results, titles):
+    """A table of {name: rows of measures} with a column for each of {measure: title}."""
+    return ["", *titles.values()], [
+        [name, *(cell([row[key] for row in rows], 100 if "%" in title else 1,
+                      np.median if key == "error" else np.mean,
+                      share="%" in title and key not in ("flicker", "smooth"))
+                 for key, title in titles.items())]
+        for name, rows in results.items()]
 
 
 def paired_table(results, against):
@@ -502,22 +499,25 @@ def compare(world):
     results = {name: judge(video, world.scenes) for name, (video, _) in videos.items()}
     others = held_out_clips(args.n, config.frames, config.size, HELD_OUT + 10_000_000)[0]
     some = min(args.n, args.few)
-    table = []
+    seen_by_raft, distances = {}, {}
     for name, (video, motion) in videos.items():
-        metrics, apart = [], []
+        rows = seen_by_raft[name] = []
         for i, clip in enumerate(tqdm(video[:some], desc=f"flow of {name}")):
             clip = clip.to(world.device)
             seen = estimate_flow(world.raft, clip[None])[0]
-            metrics.append(vbench(clip, config.fps, world.raft, seen if config.fps == 8 else None))
+            rows.append({**vbench(clip, config.fps, world.raft, seen if config.fps == 8 else None),
+                         "apart": None})
             if motion is not None:
                 told = rgb_to_flow(motion[i].to(world.device), config.sigma)
                 moving = (told.norm(dim=1) > .3) | (seen.norm(dim=1) > .3)
-                apart.append((told - seen).norm(dim=1)[moving].mean().item()
-                             if moving.any() else None)
-        table.append([name, *vbench_cells(metrics), cell(apart),
-                      distance_cell(video, others, args.n)])
-    header = [f"the first {some} prompts", *VBENCH, "motion predicted against seen by RAFT, px",
+                if moving.any():
+                    rows[-1]["apart"] = (told - seen).norm(dim=1)[moving].mean().item()
+        distances[name] = distance_cell(video, others, args.n)
+    titles = VBENCH | {"apart": "motion predicted against seen by RAFT, px"}
+    header, table = table_of(seen_by_raft, titles)
+    header = [f"the first {some} prompts", *header[1:],
               f"frame distance to {args.n} other real clips (all prompts)"]
+    table = [[*row, distances[row[0]]] for row in table]
     kinds = sorted({r["kind"] for r in results["real clips"]})
     by_kind = [[name, *(cell([r["named"] for r in rows if r["kind"] == k], 100, share=True)
                         for k in kinds),
@@ -526,7 +526,7 @@ def compare(world):
     counts = [f"{k} (n {sum(r['kind'] == k for r in results['real clips'])})" for k in kinds]
     unseen = f"unseen combinations (n {sum(r['held_out'] for r in results['real clips'])})"
     both = {name: results[name] for name in (alone, guided)}
-    tables = [physics_table(results),
+    tables = [table_of(results, PHYSICS),
               *([paired_table(results, "control")] if "control" in results else []),
               paired_table(both, alone),
               (["moves as named %", *counts, unseen], by_kind), (header, table)]
@@ -564,7 +564,7 @@ def ablation(world):
     return {"about": f"n = {world.args.n} held-out clips' prompts, the same noise in every row. "
                      "Composable guidance has its motion term in all steps. The p values are not "
                      "corrected for their number.",
-            "tables": [physics_table(rows), paired_table(rows, f"VideoJAM, w2 = {w2:g}")],
+            "tables": [table_of(rows, PHYSICS), paired_table(rows, f"VideoJAM, w2 = {w2:g}")],
             "clips": rows}
 
 
@@ -638,8 +638,6 @@ def by_prompt(named, mean=np.mean):
 def metrics(args):
     """The same metrics for a folder of videos, `{prompt}-{index}.mp4` as VBench names them; with a
     prompt file, of its prompts alone."""
-    if len(args.paths) not in (1, 2):
-        raise ValueError("metrics takes a folder of videos, and a prompt file if you like")
     paths, rows, skipped, missing = videos_of(args.paths[0]), {}, 0, 0
     device = device_of(args.device)
     raft = RAFT.load().to(device)
@@ -675,15 +673,12 @@ def metrics(args):
                      f"skipped, {missing} prompts without a video. Means of prompts, whose videos "
                      "are averaged first; 95% intervals by bootstrap over prompts. By VBench's "
                      "formulas; RAFT is ours, and interpolates in place of AMT.",
-            "tables": [(["", *VBENCH],
-                        [[args.paths[0], *vbench_cells(prompts)]])],
+            "tables": [table_of({args.paths[0]: prompts}, VBENCH)],
             "videos": rows}
 
 
 def generate(args):
     """A folder of samples for a prompt file, named as VBench wants them."""
-    if len(args.paths) != 2:
-        raise ValueError("generate takes a prompt file and a folder")
     prompts, out = list(dict.fromkeys(read_lines(args.paths[0]))), Path(args.paths[1])
     if len({file_stem(prompt) for prompt in prompts}) < len(prompts):
         raise ValueError(f"{args.paths[0]}: two prompts would have the same file name, which has "
@@ -727,8 +722,8 @@ def speed(args):
     preset = preset_of(args.preset) if args.preset else VideoJAM.load(weights_of(args)).config
     shape, y = preset.latent_shape(), tokenize(["a red square moves left slowly"] * B)
     side = 4096 if device.type == "cpu" else 8192
-    product = torch.randn(side, side, dtype=fast_dtype(device), device=device)
-    peak = 2 * side ** 3 / median_times([lambda: product @ product], device, 7, 2)[0]
+    square = torch.randn(side, side, dtype=fast_dtype(device), device=device)
+    product = f"matrix product, {str(square.dtype)[6:]}"
 
     def training(dit, data, place=device):
         optimizing = optimizers(dit, 0.)
@@ -755,18 +750,19 @@ def speed(args):
         tae, dits = TAE(preset.tae), {
             which: DiT(dataclasses.replace(preset.dit, motion=which == "jam"))
             for which in ("base", "jam")}
-    for weight in itertools.chain(*(dit.parameters() for dit in dits.values())):
-        nn.init.normal_(weight, std=.02)            # (much of it is zero at first: faster to sum)
-    steps, gradients, flops = {}, {}, {}
+    # name -> a function, how often it does that, the FLOPs of all
+    tasks = {product: (lambda: square @ square, 1, 2 * side ** 3)}
     for which, dit in dits.items():
+        for weight in dit.parameters():
+            nn.init.normal_(weight, std=.02)        # (much of it is zero at first: faster to sum)
         set_recompute(dit, recomputes(preset))
         z1 = torch.randn(B, shape[0] * (1 + dit.config.motion), *shape[1:])
         data = corrupted(z1, y, shape[0])
-        steps[which], gradients[which] = training(dit.train(), data)
+        step, gradients = training(dit, data)
         with torch.device("meta"):
-            flops[which] = flops_of(training(DiT(dit.config), data, "meta")[1])
-    steps["base, without the optimizers"] = gradients["base"]
-    flops["base, without the optimizers"] = flops["base"]
+            flops = flops_of(training(DiT(dit.config), data, "meta")[1])
+        name = f"training step of {B} clips, {which}"
+        tasks |= {name: (step, 1, flops), f"{name}, without the optimizers": (gradients, 1, flops)}
     clips = max(1, 2 ** 19 // (preset.frames * preset.size ** 2))       # 8 of the toy's
 
     def render():
@@ -778,29 +774,23 @@ def speed(args):
     parts |= {f"sampling, {mode}, a step of {B} clips": (sampling(dits["jam"], mode), 4)
               for mode in ("none", "cfg", "inner")}
     parts["a sprite clip, rendered"] = render, clips
-    with torch.no_grad():
-        flops |= {name: flops_of(function) / count for name, (function, count) in parts.items()}
+    for name, (function, count) in parts.items():
+        function = torch.no_grad()(function)
+        tasks[name] = function, count, flops_of(function)
     if can_compile(device):
         for dit in dits.values():
             dit.compile_blocks()
-    times = median_times(steps.values(), device, 9, 3, "training steps, by turns")
-    rows = [(f"training step of {B} clips, {name}", seconds, flops[name])
-            for name, seconds in zip(steps, times)]
-    for dit in dits.values():
-        dit.eval().zero_grad()
-    with torch.no_grad():
-        times = median_times([function for function, _ in parts.values()], device, 5, 2,
-                             "other parts, by turns")
-        rows += [(name, seconds / count, flops[name])
-                 for (name, (_, count)), seconds in zip(parts.items(), times)]
-    result = {name: {"ms": 1e3 * seconds, "GFLOP": count / 1e9, "share": count / seconds / peak}
-              for name, seconds, count in rows}
+    times = median_times([function for function, _, _ in tasks.values()], device, 7, 2, "by turns")
+    peak = 2 * side ** 3 / times[0]
+    result = {name: {"ms": 1e3 * seconds / count, "GFLOP": flops / count / 1e9,
+                     "share": flops / seconds / peak}
+              for (name, (_, count, flops)), seconds in zip(tasks.items(), times)}
 
     ms = {name: row["ms"] for name, row in result.items()}
     trained, each = f"training step of {B} clips, ", f", a step of {B} clips"
     ratios = {"training step, jam / base": ms[trained + "jam"] / ms[trained + "base"],
               "sampling, inner / cfg": ms["sampling, inner" + each] / ms["sampling, cfg" + each],
-              f"matrix product, {str(product.dtype)[6:]}, GFLOP/s": peak / 1e9,
+              f"{product}, GFLOP/s": peak / 1e9,
               "threads": torch.get_num_threads()}
     if device.type == "cuda":
         ratios["peak memory, both models in it, GB"] = torch.cuda.max_memory_allocated() / 1e9
@@ -879,9 +869,6 @@ def data_url(path):
 def rate(args):
     """One page that asks which of two videos is better: pairs in random order, sides hidden. With
     a prompt file, whole prompts are shown where the files' names have only their beginning."""
-    if len(args.paths) not in (2, 3):
-        raise ValueError("rate takes two folders of videos with the same names, and a prompt file "
-                         "if you like")
     a, b = ({path.stem: path for path in videos_of(folder, (".mp4", ".webm"))}    # (browsers' own)
             for folder in args.paths[:2])
     prompts = {file_stem(prompt): prompt for file in args.paths[2:] for prompt in read_lines(file)}
@@ -1004,6 +991,10 @@ def report(out, sections, fps):
 # ---------------------------------------------------------------- command line
 
 EXPERIMENTS = {"motivation": motivation, "compare": compare, "ablation": ablation, "sdedit": sdedit}
+PATHS = {"metrics": (1, 2, "a folder of videos, and a prompt file if you like"),
+         "generate": (2, 2, "a prompt file and a folder"),
+         "rate": (2, 3, "two folders of videos with the same names, and a prompt file if you like"),
+         "votes": (1, math.inf, "one or more files of votes on the same two folders")}
 BY_ITSELF = {"metrics": metrics, "generate": generate, "rate": rate, "votes": votes, "speed": speed}
 
 
@@ -1044,8 +1035,9 @@ def main():
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} must be positive, got {getattr(args, name)}")
     linear_quadratic(args.steps)                # ValueError where there are more than it can take
-    if args.paths and args.experiment in (*EXPERIMENTS, "speed"):
-        raise ValueError(f"{args.experiment} takes no {args.paths[0]}: a run is named by --run")
+    least, most, what = PATHS.get(args.experiment, (0, 0, "no paths: a run is named by --run"))
+    if not least <= len(args.paths) <= most:
+        raise ValueError(f"{args.experiment} takes {what}")
     args.out = args.out or Path("runs/bench") / (args.experiment or "")
     command = "python bench.py " + shlex.join(sys.argv[1:])
     if args.experiment in BY_ITSELF:
