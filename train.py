@@ -8,8 +8,8 @@
 
 Stages, in order: tae; encode (latents of videos and of their RGB flow); base (Eq. 3); jam (Eq. 6,
 from the base); control (Eq. 3, from the base, for exactly jam's steps, data and learning rate).
-A run is a folder: settings.json, tae.pt, latents/, checkpoints/, previews/, metrics.jsonl, and
-model.pt, the bundle that `python sample.py --run FOLDER` takes. Everything random about a sample
+A run is a folder: settings.json, videos.json, tae.pt, latents/, checkpoints/, previews/,
+metrics.jsonl, and model.pt, which `python sample.py --run FOLDER` takes. All randomness of a sample
 follows from (seed, stage, step, its place in the batch), so a run that was interrupted ends with
 the same weights to the bit, and the number of GPUs changes nothing but the rounding. (Checkpoints
 are torch.distributed.checkpoint's, whose index is a pickle: resume your own runs alone, and share
@@ -129,71 +129,66 @@ def find_videos(folder):
     videofolder), prompts.txt and videos.txt (line by line: diffusers), or a .txt beside each video,
     in folders inside the folder too. Bytes that are not UTF-8 come as lone surrogates."""
     folder = Path(folder)
-
-    def text(name):                                 # ("-sig": editors may begin it with a mark)
-        return open(folder / name, newline="", encoding="utf-8-sig", errors="surrogateescape")
-
-    for name in ("metadata.csv", "metadata.jsonl"):
-        if (folder / name).is_file():
-            rows = []
-            try:
-                with text(name) as file:
-                    if name.endswith(".csv"):
-                        rows += csv.DictReader(file, strict=True)
-                    else:
-                        for number, line in enumerate(file, 1):
-                            if line.strip():
-                                rows.append(json.loads(line))
-            except csv.Error as error:
-                raise ValueError(f"{folder / name}: cannot be read: {error}") from None
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{folder / name}: cannot be read: line {number}: "
-                                 f"{error.msg}") from None
-            if not all(isinstance(row, dict) for row in rows):
-                raise ValueError(f"{folder / name}: each of its lines must be an object, {{...}}")
-            for number, row in enumerate(rows, 1):
-                if None in row:
-                    raise ValueError(f"{folder / name}: row {number} has more fields than the "
-                                     f'first line: "quote" captions with commas')
-            column = next((c for c in CAPTION_COLUMNS if any(c in row for row in rows)), None)
-            if not rows or not column or not any("file_name" in row for row in rows):
-                raise ValueError(f"{folder / name}: needs rows with file_name and one of "
-                                 f"{', '.join(CAPTION_COLUMNS)}, has "
-                                 + (", ".join(map(repr, rows[0])) if rows else "no rows"))
-            return name, [(str(row.get("file_name") or ""), row.get(column)) for row in rows]
+    # ("-sig": editors may begin a file with a mark; newline: Unicode's separators end no line)
+    text = functools.partial(open, newline="", encoding="utf-8-sig", errors="surrogateescape")
+    for path in (folder / "metadata.csv", folder / "metadata.jsonl"):
+        if not path.is_file():
+            continue
+        rows = []
+        try:
+            with text(path) as file:
+                for row in csv.DictReader(file, strict=True) if path.suffix == ".csv" else \
+                        map(json.loads, filter(str.strip, file)):
+                    if not isinstance(row, dict):
+                        raise ValueError("must be an object, {...}")
+                    if None in row:
+                        raise ValueError('more fields than in the first line: "quote" captions '
+                                         'with commas')
+                    rows.append(row)
+        except (csv.Error, ValueError) as error:
+            raise ValueError(f"{path}: row {len(rows) + 1}: {getattr(error, 'msg', error)}"
+                             ) from None
+        names = {name: None for row in rows for name in row}
+        column = next((name for name in CAPTION_COLUMNS if name in names), None)
+        if not column or "file_name" not in names:
+            raise ValueError(f"{path}: needs rows with file_name and one of "
+                             f"{', '.join(CAPTION_COLUMNS)}, has "
+                             f"{', '.join(map(repr, names)) or 'no rows'}")
+        return path.name, [(str(row.get("file_name") or ""), row.get(column)) for row in rows]
     if (folder / "prompts.txt").is_file() and (folder / "videos.txt").is_file():
-        with text("videos.txt") as names, text("prompts.txt") as prompts:
-            # (not splitlines, which ends a line at Unicode's separators too)
+        with text(folder / "videos.txt") as names, text(folder / "prompts.txt") as prompts:
             names, prompts = ([line.rstrip("\r\n") for line in file] for file in (names, prompts))
         if len(names) != len(prompts):
             raise ValueError(f"{folder}: videos.txt has {len(names)} lines, prompts.txt has "
                              f"{len(prompts)}: one caption a video")
         return "videos.txt and prompts.txt", list(zip(names, prompts))
-    found = []
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in SUFFIXES:
-            beside = path.with_suffix(".txt")
-            caption = text(beside.relative_to(folder)).read() if beside.is_file() else None
-            found.append((str(path.relative_to(folder)), caption))
+    found = [(str(path.relative_to(folder)), text(beside).read() if beside.is_file() else None)
+             for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES
+             for beside in [path.with_suffix(".txt")]]
     if not found:
         raise ValueError(f"{folder}: no videos in it, nor metadata.csv, metadata.jsonl, or "
                          f"prompts.txt with videos.txt")
     return "a .txt beside each video", found
 
 
-def examine(path, caption, preset):
-    """How many frames of the preset's rate a video has. ValueError says why it cannot be used."""
-    if not isinstance(caption, str) or not caption.strip():
+def examine(path, caption, preset, known):
+    """{caption, stamp, frames of the preset's rate} of a video, or `known`, which this gave before,
+    if nothing has changed since. ValueError says why it cannot be used."""
+    caption = " ".join(caption.split()) if isinstance(caption, str) else ""
+    if not caption:
         raise ValueError("no caption")
-    try:
-        caption.encode()
-    except UnicodeEncodeError:
-        raise ValueError("its caption is not UTF-8") from None
+    if caption.encode(errors="ignore").decode() != caption:
+        raise ValueError("its caption is not UTF-8")
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError("not a video by its name")
     if not os.path.isfile(path):                    # (Path's raises for a name that is too long)
         raise ValueError("no such file")
-    if not path.stat().st_size:
+    status = path.stat()
+    entry = {"caption": caption, "stamp": [status.st_size, status.st_mtime_ns, preset.fps,
+                                           preset.frames]}
+    if entry.items() <= known.items():
+        return known
+    if not status.st_size:
         raise ValueError("an empty file")
     try:
         seconds = next(read_frames(str(path)))["duration"] or count_frames_and_secs(str(path))[1]
@@ -202,7 +197,7 @@ def examine(path, caption, preset):
     frames = int(seconds * preset.fps + .1)
     if frames < preset.frames:
         raise ValueError(f"too short: a clip takes {preset.frames} frames, {preset.fps} a second")
-    return frames
+    return {**entry, "frames": frames}
 
 
 def read_clip(path, start, frames, fps, size):
@@ -280,43 +275,33 @@ class Folder:
         self.order = sorted(self.keys(64), key=lambda key: zlib.crc32(repr(key).encode()))
 
     def examine_all(self, path, workers):
-        """Writes {name: {caption, frames} or {reason}}; files that have not changed since the last
-        time, for a preset of the same clips, are not opened again. Says what was found, used and
-        skipped, and why."""
+        """Writes {name: {caption, frames} or {reason}}; videos that were used the last time, and
+        have not changed, are not opened again. Says what was found, used and skipped, and why."""
         layout, found = find_videos(self.folder)
         before = read_json(path) if path.is_file() else {}
         listing, written = {}, time.time()
 
         def entry(name, caption):
-            if isinstance(caption, str):                # files end in a new line, prompts do not
-                caption = " ".join(caption.split())
-            file = self.folder / name
-            status = file.stat() if os.path.isfile(file) else None
-            stamp = status and [status.st_size, status.st_mtime_ns, self.preset.fps,
-                                self.preset.frames]
-            known = before.get(name, {})
-            if stamp and known.get("stamp") == stamp and known.get("caption") == caption:
-                return known
             try:
-                return {"caption": caption, "stamp": stamp,
-                        "frames": examine(file, caption, self.preset)}
+                return examine(self.folder / name, caption, self.preset, before.get(name, {}))
             except ValueError as error:
                 return {"reason": str(error)}
 
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            entries = pool.map(entry, *zip(*found))
-            for (name, _), one in zip(found, tqdm(entries, "examining videos", len(found))):
-                shown = name or f"row {len(listing) + 1}, without file_name"
-                while shown in listing:
-                    shown, one = f"{shown} (again)", {"reason": "listed twice"}
-                listing[shown] = one
+            entries = tqdm(pool.map(entry, *zip(*found)), "examining videos", len(found))
+            for row, ((name, _), one) in enumerate(zip(found, entries), 1):
+                if not name:
+                    name = f"row {row}, without file_name"
+                elif name in listing:
+                    name, one = f"{name} (row {row})", {"reason": "listed twice"}
+                listing[name] = one
                 if time.time() - written > CHECKPOINT_SECONDS:      # what a killed run has seen
                     write_text(path, json.dumps({**before, **listing}))
                     written = time.time()
         listed = {os.path.normpath(self.folder / name) for name, _ in found}
-        unlisted = {str(p.relative_to(self.folder)) for p in self.folder.rglob("*")
-                    if p.suffix.lower() in SUFFIXES and os.path.normpath(p) not in listed}
-        listing |= {name: {"reason": f"not in {layout}"} for name in sorted(unlisted)}
+        for other in sorted(self.folder.rglob("*")):
+            if other.suffix.lower() in SUFFIXES and os.path.normpath(other) not in listed:
+                listing[str(other.relative_to(self.folder))] = {"reason": f"not in {layout}"}
         write_text(path, json.dumps(listing, indent=1))
         used = [one for one in listing.values() if "frames" in one]
         seconds = sum(one["frames"] for one in used) / self.preset.fps
@@ -560,6 +545,8 @@ def fill(state, path, alone=False):
         dcp.load(state, checkpoint_id=path, no_dist=alone)
     except (Exception, dcp.api.CheckpointException) as error:       # (which is no Exception)
         cause = next((cause for cause, _ in getattr(error, "failures", {}).values()), error)
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from None
         raise ValueError(f"{path}: cannot be read ({' '.join(f'{cause!r}'.split())[:200]}): if it "
                          "is damaged, or of another model, delete it, and the same command goes on "
                          "from the checkpoint before") from None
@@ -591,8 +578,6 @@ class Run:
             refuse_changes(self.out, read_json(path), settings)
         if args.data and not Path(args.data).is_dir():
             raise ValueError(f"--data {args.data}: no such folder")
-        if args.data:
-            find_videos(args.data)              # says what is wrong before anything is written
         self.init = read_bundle(args.init) if args.init else None
         if self.init:
             preset, tae, dits = self.init
@@ -630,13 +615,17 @@ class Run:
         return Sprites(self.preset, self.args.rich, raft)
 
     def setting(self, stage):
-        """(steps, learning rate, batch) of a stage: the flags, or the preset's defaults."""
+        """(steps, learning rate, batch) of a stage: the flags, or the preset's defaults; without
+        --steps a stage that was begun for more goes on to them."""
         args, encoding = self.args, stage == "encode"
         flags = args.steps, args.lr, None if encoding and args.stage is None else args.batch
         defaults = DEFAULTS[args.preset]["jam" if stage == "control" else stage]
         steps, lr, batch = (default if flag is None else flag
                             for flag, default in zip(flags, defaults))
-        if not encoding and batch % (ranks() * args.accumulate):
+        before = self.last(stage)[1] or {"step": 0, "of": 0}
+        if args.steps is None:
+            steps = max(steps, before["of"])
+        if not encoding and before["step"] < steps and batch % (ranks() * args.accumulate):
             raise ValueError(f"{stage}: a batch of {batch} does not divide into {ranks()} "
                              f"processes x {args.accumulate} parts (--batch, --accumulate)")
         return steps, lr, batch
@@ -892,7 +881,8 @@ def optimize(run, stage, model, load, losses_of, preview, stream, settings, **no
     step, (path, status) = 0, run.last(stage)
     if path:
         refuse_changes(path, status, settings, f"take another --out, or delete {stage}'s "
-                       f"checkpoints to begin the stage again")
+                       "checkpoints" + " and tae.pt" * (stage == "tae")
+                       + " to begin the stage again")
         step = status["step"]
         fill(state, path)
     run.forget_after(stage, step)
@@ -971,7 +961,7 @@ def optimize(run, stage, model, load, losses_of, preview, stream, settings, **no
             if show and rank() == 0:
                 try:
                     preview(run.last(stage)[0], step)
-                except (ValueError, RuntimeError) as error:         # (too little memory is one)
+                except (ValueError, OSError, RuntimeError, MemoryError) as error:
                     say(f"{stage}: no preview of step {step}: {' '.join(str(error).split())[:200]}")
             if show:
                 wait_for_all()
@@ -996,7 +986,9 @@ def train_tae(run):
     tae = TAE(run.preset.tae)
     if run.init:
         return say(f"tae: that of {run.args.init}")
-    if run.last("tae")[1] is None and (run.out / "tae.pt").exists():
+    kept = run.out / "tae.pt"
+    given = read_file(kept, "tae")["origin"] if kept.exists() else None
+    if given and (run.last("tae")[1] is None or given.startswith("--init")):
         return say("tae: it is there already")
     (_, _, batch), world = run.setting("tae"), run.world    # opened here, not in a reading thread
     set_recompute(tae, run.args.recompute)
@@ -1032,11 +1024,11 @@ def train_tae(run):
     optimize(run, "tae", distribute(tae, run), load, losses_of, preview, "tae", {})
     path, done = run.finished("tae")
     origin = f"step {done}"
-    if rank() == 0 and not ((run.out / "tae.pt").exists()
-                            and read_file(run.out / "tae.pt", "tae")["origin"] == origin):
+    if rank() == 0 and given != origin:
         whole = run.average(path, TAE(run.preset.tae)).to(run.device).requires_grad_(False)
         set_recompute(whole, run.args.recompute)
-        few = batch // ranks() // run.args.accumulate   # clips that have fitted in training
+        # clips that have fitted in training
+        few = max(1, batch // ranks() // run.args.accumulate)
 
         def clips(motion):
             for start in range(0, BASIS_CLIPS, few):
@@ -1157,6 +1149,10 @@ def train_dit(run, stage):
     latents = Latents(run.out / "latents")
     if not latents.captions:
         raise ValueError(f"{run.out}: has no latents yet, run --stage encode first")
+    shards = read_json(run.out / "latents/manifest.json", "shards")["shards"]
+    if len(latents.shards) < sum(map(bool, shards)):        # (of lost videos some are empty)
+        raise ValueError(f"{run.out}: encode stopped at {len(latents.shards)} of {len(shards)} "
+                         f"shards, finish it first with --stage encode")
     run.tae()                               # refuses a TAE that has not encoded them
     most = model.config.max_bytes
     if long := sum(cut(caption, most) != caption for caption in latents.captions):
@@ -1200,9 +1196,8 @@ def train_dit(run, stage):
                  if part is not None]
         write_video(run.out / f"previews/{stage}-{step:06d}.mp4", grid(*shown), run.preset.fps)
 
-    settings = {"origin": origin, "uniform_t": run.args.uniform_t, "t_shift": run.args.t_shift}
-    if motion:
-        settings["motion_dropout"] = run.args.motion_dropout
+    settings = {"origin": origin, "uniform_t": run.args.uniform_t, "t_shift": run.args.t_shift,
+                "motion_dropout": run.args.motion_dropout if motion else None}
     optimize(run, stage, model, load, losses_of, preview, stream, settings, clips=clips)
 
 
@@ -1234,11 +1229,11 @@ def flops_of(function):
 def dry_run(args):
     """Prints what the preset takes; the models are on the meta device, so nothing is computed."""
     preset, world = PRESETS[args.preset], args.world
-    shape, y = preset.latent_shape(), torch.zeros(1, preset.dit.max_bytes, dtype=torch.long,
-                                                  device="meta")
+    shape = preset.latent_shape()
     with torch.device("meta"):
         tae, dit = TAE(preset.tae), DiT(dataclasses.replace(preset.dit, motion=True))
         z, t = torch.zeros(1, 2 * shape[0], *shape[1:], dtype=torch.bfloat16), torch.zeros(1)
+        y = torch.zeros(1, preset.dit.max_bytes, dtype=torch.long)
         video = torch.zeros(1, preset.frames, 3, preset.size, preset.size)
     P = sum(p.numel() for p in dit.parameters())
     moments = sum(moment.numel() for optimizer in optimizers(dit, 0.)
@@ -1247,47 +1242,41 @@ def dry_run(args):
     with torch.no_grad():
         F_encode, F_forward = flops_of(lambda: tae.posterior(video)), flops_of(lambda: dit(z, t, y))
     layer = max(sum(p.numel() for p in block.parameters()) for block in dit.blocks)
-    kept = []                                       # without recomputation, with it; so below
-    for again in (False, True):
-        set_recompute(dit, again)
-        kept.append(saved_bytes(lambda: dit(z, t, y)))
+    # of what has two values, the first is without recomputation, the second with it
+    kept = [saved_bytes(lambda: set_recompute(dit, again)(z, t, y)) for again in (False, True)]
     kept[1] += kept[0] / len(dit.blocks)            # what the block that is recomputed keeps
-    tae, video, coded = tae.to(torch.bfloat16), video.to(torch.bfloat16), []
-    for again in (False, True):
-        set_recompute(tae, again)
-        coded.append(saved_bytes(lambda: tae.pixels(tae.posterior(video)[0])))
+    tae, video = tae.to(torch.bfloat16), video.to(torch.bfloat16)
+    coded = [saved_bytes(lambda: tae.pixels(set_recompute(tae, again).posterior(video)[0]))
+             for again in (False, True)]
     tokens = shape[1] * (shape[2] // preset.dit.patch) * (shape[3] // preset.dit.patch)
     steps, _, batch = (given or default for given, default in
                        zip((args.steps, None, args.batch), DEFAULTS[args.preset]["jam"]))
     clips = max(1, batch // world // args.accumulate)
-    training, kept = [3 * F_forward, 4 * F_forward], [clips * size for size in kept]
+    training = 3 * F_forward, 4 * F_forward
+    hours = [steps * batch * flops / (args.tflops * 1e12 * 3600) for flops in training]
     memory = {"memory a GPU: weights, fp32": 4 * P / world, "  gradients, fp32": 4 * P / world,
               "  moments of Muon and AdamW, fp32": 4 * moments / world,
               "  average (EMA), fp32": 4 * P / world,
               "  layers in bf16": (4 if world > 1 else 2) * layer}    # two gathered; or one copied
-
-    def both(pair, unit, scale):
-        plain, again = (f"{value / scale:,.2f} {unit}" for value in pair)
-        return f"{plain}, with recomputation {again}"
-
+    rows = [
+        ("parameters, DiT with motion rows", "B", P / 1e9),
+        ("parameters, TAE", "M", sum(p.numel() for p in tae.parameters()) / 1e6),
+        ("tokens a clip, of video", "", tokens),
+        ("tokens a clip, of text", "", preset.dit.max_bytes // FOLD),
+        ("FLOPs a clip, forward", "T", F_forward / 1e12),
+        ("FLOPs a clip, training step", "T", *(flops / 1e12 for flops in training)),
+        ("FLOPs a clip, encoding (and RAFT)", "T", 2 * F_encode / 1e12),
+        *((name, "GB", size / 1e9) for name, size in memory.items()),
+        (f"  activations of {clips} clips", "GB", *(clips * size / 1e9 for size in kept)),
+        ("  in all", "GB", *((sum(memory.values()) + clips * size) / 1e9 for size in kept)),
+        ("stage tae: a clip, and a layer's", "GB", *(size / 1e9 for size in coded)),
+        ("time", "h", *(time / world for time in hours)),
+        ("time of all GPUs together", "h", *hours)]
     print(f"{args.preset} on {world} GPUs, VideoJAM fine-tuning of {steps} steps x {batch} clips "
           f"of {preset.frames} x {preset.size} x {preset.size}")
-    rows = [
-        ("parameters, DiT with motion rows", f"{P / 1e9:.3f} B"),
-        ("parameters, TAE", f"{sum(p.numel() for p in tae.parameters()) / 1e6:.1f} M"),
-        ("tokens a clip", f"{tokens:,} of video, {preset.dit.max_bytes // FOLD} of text"),
-        ("FLOPs a clip, forward", f"{F_forward / 1e12:,.2f} T"),
-        ("FLOPs a clip, training step", both(training, "T", 1e12)),
-        ("FLOPs a clip, encoding (once)", f"{2 * F_encode / 1e12:,.2f} T and RAFT"),
-        *[(name, f"{size / 1e9:,.2f} GB") for name, size in memory.items()],
-        (f"  activations of {clips} clips", both(kept, "GB", 1e9)),
-        ("  in all", both([sum(memory.values()) + size for size in kept], "GB", 1e9)),
-        ("stage tae: activations of a clip", both(coded, "GB", 1e9) + " and as much in a layer")]
-    for name, flops in zip(("time", "time, with recomputation"), training):
-        seconds = steps * batch * flops / (world * args.tflops * 1e12)
-        rows.append((name, f"{seconds / 3600:,.1f} h = {seconds * world / 3600:,.0f} GPU-hours"))
-    for name, value in rows:
-        print(f"  {name:<36}{value}")
+    for name, unit, *values in rows:
+        print(f"  {name:<36}" + ", with recomputation ".join(
+            f"{value:,.{0 if isinstance(value, int) else 3}f} {unit}" for value in values))
     print(f"assumed: {args.tflops:g} TFLOP/s sustained on each GPU (--tflops); backward is twice "
           "forward; bf16 activations as the unfused graph keeps them (compiled blocks keep less); "
           "fp32 weights, gradients, moments and average sharded over all GPUs; no time lost "

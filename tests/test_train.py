@@ -329,6 +329,73 @@ def test_a_stage_that_was_stopped_is_refused_by_the_next_and_not_exported(
     assert set(torch.load(out / "model.pt")["dits"]) == {"base", "jam"}
 
 
+def test_a_stage_that_was_begun_for_more_steps_goes_on_to_them(finished, tmp_path, run, quick):
+    """Without --steps: the default's would be done already, with the stage for ever unfinished."""
+    out = begun(finished, tmp_path / "run", "jam")
+    status = checkpoints(out, "base")[-1] / "status.json"
+    status.write_text(json.dumps({**json.loads(status.read_text()), "of": 5}))
+    assert run(train.main, *flags(out, "--stage", "base"))[0] == 0
+    assert checkpoint(out, "base")["step"] == checkpoint(out, "base")["of"] == 5
+    assert run(train.main, *flags(out, "--stage", "jam"))[0] == 0
+
+
+def test_an_encoding_that_was_stopped_is_refused_by_the_next(finished, tmp_path, refuses):
+    out = begun(finished, tmp_path / "run", "base")
+    (out / "latents/000001.json").unlink()
+    complaint = refuses(train.main, *flags(out, "--stage", "base"))
+    assert "encode stopped at 1 of 2 shards, finish it first with --stage encode" in complaint
+    assert not checkpoints(out, "base")
+
+
+def test_a_finished_tae_does_not_hold_up_runs_on_more_processes(finished, tmp_path, run, quick,
+                                                                monkeypatch):
+    """Its batch of 4 has no 8 parts; those of the other stages have."""
+    out = begun(finished, tmp_path / "run", "base")
+    shutil.copytree(checkpoints(finished, "tae")[-1], out / "checkpoints/tae-000000004")
+    for stage in ("base", "jam", "control"):
+        monkeypatch.setitem(train.DEFAULTS["tiny"], stage, (1, 1e-3, 8))
+    code, printed, err = run(train.main, *flags(out, "--accumulate", "8"))
+    assert code == 0 and "tae: 4 steps are done already" in printed, err
+
+
+def test_the_tae_of_a_bundle_stays_where_a_taes_training_was_stopped(finished, tmp_path, run,
+                                                                     quick):
+    out = begun(finished, tmp_path / "run", "base")
+    stopped = shutil.copytree(checkpoints(finished, "tae")[-1],
+                              out / "checkpoints/tae-000000004") / "status.json"
+    stopped.write_text(json.dumps({**json.loads(stopped.read_text()), "of": 9}))
+    content = torch.load(out / "tae.pt")
+    torch.save({**content, "origin": "--init model.pt"}, out / "tae.pt")
+    kept = (out / "tae.pt").read_bytes()
+    code, printed, _ = run(train.main, *flags(out, "--stage", "tae"))
+    assert code == 0 and "tae: it is there already" in printed
+    assert (out / "tae.pt").read_bytes() == kept
+
+
+def test_ctrl_c_while_a_checkpoint_is_read_does_not_call_it_damaged(finished, tmp_path, run, quick,
+                                                                    monkeypatch):
+    def interrupted(*_, **__):
+        raise train.dcp.api.CheckpointException("load", {0: (KeyboardInterrupt(), None)})
+
+    out = begun(finished, tmp_path / "run", "jam")
+    monkeypatch.setattr(train.dcp, "load", interrupted)
+    code, _, err = run(train.main, *flags(out, "--stage", "jam"))
+    assert code == 130 and "interrupted" in err and "delete" not in err
+
+
+@pytest.mark.parametrize("error", [MemoryError("3 GiB"), OSError("disk full")])
+def test_a_preview_that_fails_does_not_end_the_run(finished, tmp_path, run, quick, monkeypatch,
+                                                   error):
+    def fails(*_):
+        raise error
+
+    out = begun(finished, tmp_path / "run", "jam")
+    monkeypatch.setattr(train, "write_video", fails)
+    code, printed, err = run(train.main, *flags(out, "--stage", "jam"))
+    assert code == 0 and f"no preview of step 3: {error}" in printed + err
+    assert checkpoint(out, "jam")["step"] == 3
+
+
 # ---------------------------------------------------------------- several processes
 
 
@@ -628,7 +695,7 @@ def test_a_dry_run_knows_the_paper_s_models(run, tmp_path, monkeypatch):
     lines = {line[:38].strip(): line[38:] for line in printed.splitlines()}
     assert code == 0 and not list(tmp_path.iterdir())
     assert lines["parameters, DiT with motion rows"] == "4.238 B"
-    assert lines["tokens a clip"].startswith("4,096 of video")      # 16 x 16 x 16
+    assert lines["tokens a clip, of video"].startswith("4,096")     # 16 x 16 x 16
     # Muon has one moment a weight, AdamW two: of all but the layers' matrices, 5% of the weights
     moments = float(lines["moments of Muon and AdamW, fp32"].split()[0])
     assert 4 * 4.238 / 8 < moments < 4 * 4.238 / 8 * 1.05
@@ -910,15 +977,15 @@ def test_videos_that_were_looked_at_are_not_opened_again(folder, tmp_path, monke
     """Not even where it was interrupted before the last of them."""
     for name in ("a", "inside/b"):
         (folder / f"{name}.txt").write_text(name)
-    seen, original = [], train.examine
+    seen, original = [], train.read_frames
 
-    def examine(path, *rest):
-        seen.append(path.name)
-        if seen.count("b.mp4") == 1 and path.name == "b.mp4":
+    def read_frames(path):
+        seen.append(os.path.basename(path))
+        if seen.count("b.mp4") == 1 and path.endswith("b.mp4"):
             raise KeyboardInterrupt
-        return original(path, *rest)
+        return original(path)
 
-    monkeypatch.setattr(train, "examine", examine)
+    monkeypatch.setattr(train, "read_frames", read_frames)
     monkeypatch.setattr(train, "CHECKPOINT_SECONDS", -1)
     with pytest.raises(KeyboardInterrupt):
         opened(folder, tmp_path / "run")
@@ -1038,10 +1105,10 @@ def test_a_folder_goes_through_all_stages(folder, tmp_path, run):
     ({"metadata.csv": "file_name,text\n"}, "needs rows"),
     ({"metadata.csv": "name,text\na.mp4,x\n"}, "needs rows"),
     ({"metadata.csv": "file_name;text\na.mp4;x\n"}, "prompt, has 'file_name;text'"),
-    ({"metadata.csv": "file_name,text\na.mp4,one, two\n"}, "row 1 has more fields than the first"),
-    ({"metadata.csv": 'file_name,text\na.mp4,"one\ninside/b.mp4,x\n'}, "csv: cannot be read"),
-    ({"metadata.jsonl": "\n{}\n{\n"}, "metadata.jsonl: cannot be read: line 3: "),
-    ({"metadata.jsonl": "[1]\n"}, "metadata.jsonl: each of its lines must be an object"),
+    ({"metadata.csv": "file_name,text\na.mp4,one, two\n"}, "row 1: more fields than in the"),
+    ({"metadata.csv": 'file_name,text\na.mp4,"one\ninside/b.mp4,x\n'}, "csv: row 1: unexpected end"),
+    ({"metadata.jsonl": "\n{}\n{\n"}, "metadata.jsonl: row 2: Expecting"),
+    ({"metadata.jsonl": "[1]\n"}, "metadata.jsonl: row 1: must be an object"),
     ({"videos.txt": "a.mp4\n", "prompts.txt": "x\ny\n"}, "videos.txt has 1 lines, prompts.txt"),
     ({"metadata.csv": "file_name,text\nbroken.mp4,x\n"}, "none of its 3 videos can be used")])
 def test_a_folder_that_gives_no_clip_is_refused(folder, tmp_path, refuses, files, complaint):
