@@ -697,10 +697,11 @@ def generate(args):
 
 # ---------------------------------------------------------------- python bench.py speed
 
-def median_times(functions, device, repeats, warm, desc=None):
-    """Seconds that each takes, by turns: what else the machine does meets them alike."""
+def times_by_turns(functions, device, repeats, warm):
+    """Seconds (repeats, functions) that each takes, one after the other in each turn: what else the
+    machine does meets them alike. Turns that warm up are left out."""
     times = []
-    for _ in tqdm(range(warm + repeats), desc, disable=desc is None):
+    for _ in tqdm(range(warm + repeats), "by turns"):
         times.append([])
         for function in functions:
             start = time.perf_counter()
@@ -708,7 +709,7 @@ def median_times(functions, device, repeats, warm, desc=None):
             if device.type == "cuda":
                 torch.cuda.synchronize()
             times[-1].append(time.perf_counter() - start)
-    return np.median(times[warm:], 0).tolist()
+    return np.array(times[warm:])
 
 
 def speed(args):
@@ -762,7 +763,8 @@ def speed(args):
         with torch.device("meta"):
             flops = flops_of(training(DiT(dit.config), data, "meta")[1])
         name = f"training step of {B} clips, {which}"
-        tasks |= {name: (step, 1, flops), f"{name}, without the optimizers": (gradients, 1, flops)}
+        # (in this order, so that either model's step follows its own: what has just run matters)
+        tasks |= {f"{name}, without the optimizers": (gradients, 1, flops), name: (step, 1, flops)}
     clips = max(1, 2 ** 19 // (preset.frames * preset.size ** 2))       # 8 of the toy's
 
     def render():
@@ -780,16 +782,21 @@ def speed(args):
     if can_compile(device):
         for dit in dits.values():
             dit.compile_blocks()
-    times = median_times([function for function, _, _ in tasks.values()], device, 7, 2, "by turns")
-    peak = 2 * side ** 3 / times[0]
-    result = {name: {"ms": 1e3 * seconds / count, "GFLOP": flops / count / 1e9,
-                     "share": flops / seconds / peak}
-              for (name, (_, count, flops)), seconds in zip(tasks.items(), times)}
+    turns = times_by_turns([function for function, _, _ in tasks.values()], device, 7, 2)
+    seconds = dict(zip(tasks, turns.T))                             # a number for each turn
+    peak = 2 * side ** 3 / float(np.median(seconds[product]))
+    result = {}
+    for name, (_, count, flops) in tasks.items():
+        median = float(np.median(seconds[name]))
+        result[name] = {"ms": 1e3 * median / count, "GFLOP": flops / count / 1e9,
+                        "share": flops / median / peak}
 
-    ms = {name: row["ms"] for name, row in result.items()}
+    def ratio(one, other):          # within a turn: what else the machine does meets both alike
+        return float(np.median(seconds[one] / seconds[other]))
+
     trained, each = f"training step of {B} clips, ", f", a step of {B} clips"
-    ratios = {"training step, jam / base": ms[trained + "jam"] / ms[trained + "base"],
-              "sampling, inner / cfg": ms["sampling, inner" + each] / ms["sampling, cfg" + each],
+    ratios = {"training step, jam / base": ratio(trained + "jam", trained + "base"),
+              "sampling, inner / cfg": ratio("sampling, inner" + each, "sampling, cfg" + each),
               f"{product}, GFLOP/s": peak / 1e9,
               "threads": torch.get_num_threads()}
     if device.type == "cuda":

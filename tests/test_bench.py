@@ -174,8 +174,8 @@ def test_frame_distance_has_an_interval_over_clips_that_narrows_with_their_numbe
 
 def test_every_experiment_writes_its_tables_and_a_page_that_holds_all(bundle, run, tmp_path,
                                                                       monkeypatch):
-    many = bench.median_times
-    monkeypatch.setattr(bench, "median_times", lambda functions, device, *_: many(
+    many = bench.times_by_turns
+    monkeypatch.setattr(bench, "times_by_turns", lambda functions, device, *_: many(
         functions, device, 1, 0))
     code, said, err = run(bench.main, "--run", bundle, "--n", 2, "--steps", 2, "--out", tmp_path,
                           "--batch", 2)
