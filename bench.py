@@ -342,6 +342,11 @@ def mean_row(rows):
             for key, values in merged.items()}
 
 
+def in_parts(function, clips):
+    """function of clips (n, ...), eight at a time: what is large does not fit all at once."""
+    return torch.cat([function(part) for part in clips.split(8)])
+
+
 class World:
     """What every experiment starts from: held-out clips, the bundle's models, and their samples."""
     def __init__(self, args):
@@ -377,7 +382,7 @@ class World:
     def latents(self, video, flow):
         """Latents x1, d1 of clips and of their flow, and noise x0, d0 for them, on the device."""
         rgb = flow_to_rgb(flow, self.config.sigma)
-        x1, d1 = (torch.cat([self.tae.encode(v.to(self.device), motion) for v in clips.split(8)])
+        x1, d1 = (in_parts(lambda v: self.tae.encode(v.to(self.device), motion), clips)
                   for motion, clips in enumerate((video, rgb)))
         generator = torch.Generator().manual_seed(HELD_OUT)
         return x1, d1, *(torch.randn(x1.shape, generator=generator).to(x1) for _ in range(2))
@@ -385,8 +390,8 @@ class World:
     @torch.no_grad()
     def coded(self, video, motion=False):
         """Video, or RGB flow, through the TAE: the ceiling of what a DiT can reach."""
-        return torch.cat([self.tae.decode(self.tae.encode(v.to(self.device), motion), motion,
-                                          self.config.frames).cpu() for v in video.split(8)])
+        return in_parts(lambda v: self.tae.decode(self.tae.encode(v.to(self.device), motion),
+                                                  motion, self.config.frames).cpu(), video)
 
     @property
     def ceilings(self):
@@ -579,7 +584,7 @@ def sdedit(world):
     truth, shown = F.avg_pool2d(flow.flatten(0, 1), 8), [("the clip", video[:8].cpu())]
 
     def row(name, t, edited):
-        seen = torch.cat([estimate_flow(world.raft, v) for v in edited.split(8)])
+        seen = in_parts(lambda v: estimate_flow(world.raft, v), edited)
         coarse = F.avg_pool2d(seen.flatten(0, 1), 8)
         cosine = F.cosine_similarity(coarse.flatten(1), truth.flatten(1))
         table.append([name, t, cell(cosine.view(n, -1).mean(1).tolist()),
@@ -597,8 +602,7 @@ def sdedit(world):
                                     "cfg" if d is None else "inner",
                                     motion_steps=max(0, 50 - start),
                                     progress=f"sdedit, {which} from {start}")
-                edited = torch.cat([world.tae.decode(part, frames=world.config.frames)
-                                    for part in x.split(8)])
+                edited = in_parts(lambda v: world.tae.decode(v, frames=world.config.frames), x)
             row(f"{which}, step {start}", f"{times[start]:.3f}", edited)
     return {"about": f"n = {n} clips. Coarse motion (8 x 8 px means of RAFT's flow) "
                      "against the clip's own: cosine, 1 is the same. Step 0 is a free sample. "

@@ -1141,8 +1141,8 @@ def main():
                 not 0 < args.lr < math.inf or not 0 <= args.seed < 100:
             raise ValueError("--batch must be from 3 to 256, --steps from 1 to 100,000, --lr "
                              "positive, --seed from 0 to 99")
-        return train_raft(args.out or "runs/raft", args.steps, args.batch, args.lr, args.weights, args.images,
-                          seed=args.seed)
+        return train_raft(args.out or "runs/raft", args.steps, args.batch, args.lr, args.weights,
+                          args.images, seed=args.seed)
     if args.out is not None:
         raise ValueError("--out is the folder of --train; flow is written beside its video")
     raft = RAFT.load(args.weights or ROOT / "weights/raft.pt")
