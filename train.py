@@ -450,11 +450,13 @@ def generator(*key):
 def device_of(name):
     """The device that --device names; without it, a GPU if there is one. ValueError where this
     machine has none such."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    with contextlib.suppress(RuntimeError, AssertionError, ImportError):
+    name, why = name or ("cuda" if torch.cuda.is_available() else "cpu"), "meta holds no numbers"
+    try:
         if (device := torch.empty(0, device=name).device).type != "meta":
             return device
-    raise ValueError(f"--device {name}: no such device, take cpu or cuda")
+    except (RuntimeError, AssertionError, ImportError) as error:
+        why = str(error).splitlines()[0][:100]
+    raise ValueError(f"--device {name}: no such device, take cpu or cuda ({why})")
 
 
 def preset_of(name):

@@ -1,6 +1,11 @@
 """What the tests share: a tiny model, and scripts run without a process of their own."""
+import contextlib
+import json
 import os
+import shutil
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -18,6 +23,66 @@ def pytest_configure(config):
     """The suite is about the CPU's numbers, to the bit; a GPU's are endurance.py's."""
     if not any("endurance" in argument for argument in config.args):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+# The whole suite is run by two processes, one for each core: the second takes tests from the end, the
+# first from the beginning, until they meet. The second's reports come to the first through a file.
+SECOND = "VIDEOJAM_SECOND_PYTEST"       # where it finds the folder that they share
+
+
+def taken(items, folder):
+    """Those of the items that this process has to run."""
+    for i in reversed(range(len(items))) if SECOND in os.environ else range(len(items)):
+        with contextlib.suppress(FileExistsError):
+            (folder / str(i)).touch(exist_ok=False)
+            yield items[i]
+
+
+def pytest_runtestloop(session):
+    config, hook, second = session.config, session.config.hook, None
+    folder = Path(os.environ.get(SECOND) or tempfile.mkdtemp())
+    few, option = len(session.items) < 300, config.option
+    if few or option.usepdb or option.basetemp or option.collectonly or session.testsfailed:
+        return None                                                 # pytest's own loop
+    # the longest ones at the end, where the second begins
+    items = sorted(session.items, key=lambda item: "two_processes" in item.name)
+    if SECOND not in os.environ:
+        (folder / "reports").touch()
+        second = subprocess.Popen(
+            [sys.executable, "-m", "pytest", *config.invocation_params.args],
+            cwd=config.invocation_params.dir, env={**os.environ, SECOND: str(folder)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        run = taken(items, folder)
+        item = next(run, None)
+        while item:
+            following = next(run, None)
+            hook.pytest_runtest_protocol(item=item, nextitem=following)
+            item = following
+            if session.shouldfail or session.shouldstop:
+                raise session.Interrupted(session.shouldfail or session.shouldstop)
+        if second:
+            said = second.communicate()[0]
+            for line in (folder / "reports").read_text().splitlines():
+                hook.pytest_runtest_logreport(report=hook.pytest_report_from_serializable(
+                    config=config, data=json.loads(line)))
+            if second.returncode not in (0, 1):
+                pytest.exit(f"the second pytest ended with {second.returncode}:\n{said}", 1)
+    finally:
+        if second:
+            second.kill()
+            shutil.rmtree(folder)
+    return True
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    report = yield
+    if SECOND in os.environ:
+        data = item.config.hook.pytest_report_to_serializable(config=item.config, report=report)
+        with open(Path(os.environ[SECOND], "reports"), "a") as file:
+            print(json.dumps(data), file=file)
+    return report
 
 
 # 5 frames of 16 px -> latents (4, 3, 4, 4): the last latent frame covers one spurious video frame

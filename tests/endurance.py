@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -242,6 +243,30 @@ def test_on_a_gpu_torchrun_is_one_process_and_resumed_is_uninterrupted(tmp_path)
         at_once(command(0, one, "--stage", stage, "--device", "cuda"))
         again = checkpoint(one, stage)
         assert equal(whole["model"], again["model"]) and equal(whole["ema"], again["ema"]), stage
+
+
+LARGE = """
+from dataclasses import replace
+preset = train.PRESETS["4b"]
+train.PRESETS["tiny"] = replace(preset, dit=replace(preset.dit, depth=2))
+train.DEFAULTS["tiny"] = dict.fromkeys(("tae", "base", "jam", "control"), (2, 1e-4, 2))
+train.DEFAULTS["tiny"]["encode"] = 4, 0, 1
+train.SHARD, train.BASIS_CLIPS = 2, 1
+flow.fast_dtype = lambda device: train.torch.bfloat16
+"""
+
+
+@gpu
+def test_on_a_gpu_the_paper_s_sizes_go_from_nothing_to_a_video(tmp_path):
+    """4b's TAE, width and clips (128 x 256 x 256) with two blocks of 32, whose weights a disk
+    holds: all stages under torchrun, with layers recomputed and compiled."""
+    out = tmp_path / "run"
+    options = "--device", "cuda", "--precision", "bf16", "--accumulate", "2", "--recompute"
+    at_once(command(1, out, *options, "--compile", extra=LARGE))
+    assert all(len(losses(out, stage)) == 2 for stage in STAGES)
+    subprocess.run([sys.executable, ROOT / "sample.py", "--run", out, "a red square moves left",
+                    "--steps", "4", "--out", tmp_path / "video.mp4"], check=True)
+    assert iio.imread(tmp_path / "video.mp4").shape[0] == 128
 
 
 def test_2000_files_of_which_one_in_ten_is_broken(tmp_path, monkeypatch, run):
