@@ -34,12 +34,13 @@ from torch import nn
 from tqdm import tqdm
 
 from flow import (COLOURS, DIRECTIONS, HELD_OUT, RAFT, SHAPES, TRAVEL, TURNS, autocast, bouncing,
-                  estimate_flow, fast_dtype, flow_to_rgb, optimizers, report_errors, rgb_to_flow,
-                  signed_distance, sprite_clip, sprite_clips, sprite_scene, write_text)
-from train import (SUFFIXES, can_compile, device_of, flops_of, grid, preset_of, read_lines,
-                   recomputes, say_cut, weights_of, write_video)
+                  device_of, estimate_flow, fast_dtype, flow_to_rgb, grid, optimizers, read_lines,
+                  report_errors, rgb_to_flow, signed_distance, sprite_clip, sprite_clips,
+                  sprite_scene, write_text, write_video)
+from train import SUFFIXES, can_compile, flops_of, preset_of, recomputes
 from videojam import (PRESETS, TAE, DiT, VideoJAM, corrupted, cut, euler_sample, linear_quadratic,
-                      noised, set_recompute, squared_errors, tokenize, velocity)
+                      noised, say_cut, set_recompute, squared_errors, tokenize, velocity,
+                      weights_of)
 
 # ---------------------------------------------------------------- tracking a sprite
 
@@ -772,7 +773,7 @@ def speed(args):
         name = f"training step of {B} clips, {which}"
         # (in this order, so that either model's step follows its own: what has just run matters)
         tasks |= {f"{name}, without the optimizers": (gradients, 1, flops), name: (step, 1, flops)}
-    clips = max(1, 2 ** 19 // (preset.frames * preset.size ** 2))       # 8 of the toy's
+    clips = max(1, min(8, 2 ** 19 // (preset.frames * preset.size ** 2)))       # 8 of the toy's
 
     def render():
         return sprite_clips(range(clips), preset.frames, preset.size)[0]

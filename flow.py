@@ -24,7 +24,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.tensor import DTensor, Shard
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
@@ -91,9 +90,45 @@ def check_video(path, frames):
         raise OSError("the video is not whole, is the disk full?")
 
 
+def write_video(path, video, fps, scale=None):
+    """(T, 3, H, W) in [0, 1] -> .mp4 or .gif, enlarged to about 256 px so that a person can see."""
+    scale = scale or max(1, round(256 / video.shape[-2]))
+    frames = (video.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    frames = frames.repeat(scale, 1).repeat(scale, 2)
+
+    def save(temporary):
+        if temporary.suffix == ".gif":
+            temporary.write_bytes(iio.imwrite("<bytes>", frames, extension=".gif", loop=0,
+                                              duration=1000 / fps))
+        else:
+            iio.imwrite(temporary, frames, plugin="FFMPEG", fps=fps, macro_block_size=2,
+                        output_params=["-crf", "12"], ffmpeg_log_level="quiet")
+            check_video(temporary, len(frames))
+
+    write_file(path, save)
+
+
+def grid(*videos):
+    """Videos (n, T, 3, H, W) -> one (T, 3, H', W'): a column for each of n, a row an argument."""
+    rows = [torch.cat(list(F.pad(video, (1, 1, 1, 1), value=1)), -1) for video in videos]
+    return torch.cat(rows, -2)
+
+
 def write_text(path, text):
     write_file(path, lambda temporary: temporary.write_text(
         text, encoding="utf-8", errors="surrogateescape"))      # names that are not UTF-8 too
+
+
+def read_lines(path):
+    """The prompts of a text file, one a line; ValueError where there are none."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {getattr(error, 'strerror', 'not UTF-8')}") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"{path}: no prompt in it")
+    return prompts
 
 
 def on_cpu(content):
@@ -124,6 +159,18 @@ def read_file(path, kind):
     if not isinstance(content, dict) or content.get("kind") != kind:
         raise ValueError(f"{path}: not a {kind} file")
     return content
+
+
+def device_of(name):
+    """The device that --device names; without it, a GPU if there is one. ValueError where this
+    machine has none such."""
+    name, why = name or ("cuda" if torch.cuda.is_available() else "cpu"), "meta holds no numbers"
+    try:
+        if (device := torch.empty(0, device=name).device).type != "meta":
+            return device
+    except (RuntimeError, AssertionError, ImportError) as error:
+        why = str(error).splitlines()[0][:100]
+    raise ValueError(f"--device {name}: no such device, take cpu or cuda ({why})")
 
 
 def refuse_changes(path, before, settings, remedy="take another --out"):
@@ -161,7 +208,8 @@ def orthogonalized(matrices):
     (.7 to 1.2; those far below the largest stay smaller): X <- a X + (b A + c A^2) X, A = X X^T,
     five times, as Muon has it. Where rows are sharded, each process takes whole matrices, its share
     of the n."""
-    if isinstance(matrices, DTensor):
+    if hasattr(matrices, "placements"):         # a DTensor
+        from torch.distributed.tensor import DTensor, Shard     # (a second, for those who need it)
         rows, mesh = matrices.placements, matrices.device_mesh
         taken = matrices.redistribute(placements=[Shard(0) if p.is_shard() else p for p in rows])
         done = DTensor.from_local(orthogonalized(taken.to_local()).contiguous(), mesh,
@@ -719,7 +767,9 @@ def estimate_flow(raft, video, iters=12):
     with autocast(video.device):
         for clip, flow in zip(video, result):
             features1 = raft.feature_encoder(raft.prepare(clip[:1]))
-            pairs = max(1, 2 ** 23 // features1[0, 0].numel() ** 2)     # their correlations: 32 MB
+            # so many that their correlations take 32 MB, or on a GPU, which small work idles, 1 GB
+            numbers = 2 ** (23 if video.device.type == "cpu" else 28)
+            pairs = max(1, numbers // features1[0, 0].numel() ** 2)
             for k in range(0, T - 1, pairs):
                 images = raft.prepare(clip[k:k + pairs + 1])
                 features = torch.cat([features1, raft.feature_encoder(images[1:])])

@@ -15,9 +15,8 @@ from pathlib import Path
 
 import torch
 
-from flow import report_errors
-from train import device_of, grid, read_lines, say_cut, weights_of, write_video
-from videojam import GUIDANCE, VideoJAM, cut
+from flow import device_of, grid, read_lines, report_errors, write_video
+from videojam import GUIDANCE, VideoJAM, cut, say_cut, weights_of
 
 
 def parse():

@@ -36,7 +36,6 @@ import warnings
 import zlib
 from pathlib import Path
 
-import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -50,9 +49,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from flow import (HELD_OUT, RAFT, ROOT, autocast, check_video, estimate_flow, fast_dtype,
-                  flow_to_rgb, optimizers, read_file, refuse_changes, report_errors, sprite_clips,
-                  write_file, write_tensors, write_text)
+from flow import (HELD_OUT, RAFT, autocast, device_of, estimate_flow, fast_dtype, flow_to_rgb,
+                  grid, optimizers, read_file, refuse_changes, report_errors, sprite_clips,
+                  write_file, write_tensors, write_text, write_video)
 from videojam import (FOLD, PAD, PRESETS, TAE, DiT, VideoJAM, corrupted, cut, initialize,
                       read_bundle, set_recompute, squared_errors, tae_loss, tokenize, widen)
 
@@ -72,6 +71,8 @@ DEFAULTS = {
 }
 VERSION = 8                             # of a run's folder: raised when old runs cannot go on
 SHARD = 256                             # clips in a file of latents
+CHUNK = 16                              # clips of a batch whose noise is drawn at once: a call for
+                                        # each of 512 keeps a GPU's launches waiting
 BASIS_CLIPS = 256                       # that the TAE's basis is fitted on
 CHECKPOINT_SECONDS = 60                 # between two; or 20 times what one takes to write
 T_BINS = 5                              # losses are reported apart for t in [0, .2), [.2, .4), ...
@@ -406,11 +407,11 @@ class Latents:
 
     def batch(self, indices, max_bytes):
         def gather(kind):
-            clips = []
-            for i in indices:
-                shard = int(np.searchsorted(self.ends, i, "right"))
-                clips.append(self.open(shard, kind)[i - self.ends[shard]])  # (from its end)
-            return torch.from_numpy(np.stack(clips)).float()
+            return torch.from_numpy(np.stack([
+                self.open(shard, kind)[i - self.ends[shard]]        # (from its end)
+                for i, shard in zip(indices, shards)])).float()
+
+        shards = np.searchsorted(self.ends, indices, "right").tolist()
         y = tokenize([self.captions[i] for i in indices], max_bytes)
         return gather("x"), gather("d"), y
 
@@ -447,18 +448,6 @@ def generator(*key):
     return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
 
 
-def device_of(name):
-    """The device that --device names; without it, a GPU if there is one. ValueError where this
-    machine has none such."""
-    name, why = name or ("cuda" if torch.cuda.is_available() else "cpu"), "meta holds no numbers"
-    try:
-        if (device := torch.empty(0, device=name).device).type != "meta":
-            return device
-    except (RuntimeError, AssertionError, ImportError) as error:
-        why = str(error).splitlines()[0][:100]
-    raise ValueError(f"--device {name}: no such device, take cpu or cuda ({why})")
-
-
 def preset_of(name):
     """The preset of that name; ValueError where there is none."""
     if name not in PRESETS:
@@ -479,31 +468,6 @@ def can_compile(device):
     return device.type != "cpu" or shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
-def weights_of(args):
-    """The bundle that --run names; without it, the shipped one."""
-    return ROOT / "weights/toy.pt" if args.run is None else Path(args.run) / "model.pt"
-
-
-def read_lines(path):
-    """The prompts of a text file, one a line; ValueError where there are none."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {getattr(error, 'strerror', 'not UTF-8')}") from None
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise ValueError(f"{path}: no prompt in it")
-    return prompts
-
-
-def say_cut(prompts, most):
-    """Tells which prompts are longer than a model takes: they are cut at a character's end."""
-    for prompt in dict.fromkeys(prompts):
-        if (kept := cut(prompt, most)) != prompt:
-            print(f"a prompt has {len(prompt.encode())} bytes, the model takes {most}: cut to "
-                  f"{kept!r}")
-
-
 def read_json(path, *keys):
     """The dict that a .json file of a run holds; ValueError where it is damaged."""
     try:
@@ -513,30 +477,6 @@ def read_json(path, *keys):
     except ValueError:
         pass
     raise ValueError(f"{path}: damaged, not the JSON that was written")
-
-
-def write_video(path, video, fps, scale=None):
-    """(T, 3, H, W) in [0, 1] -> .mp4 or .gif, enlarged to about 256 px so that a person can see."""
-    scale = scale or max(1, round(256 / video.shape[-2]))
-    frames = (video.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    frames = frames.repeat(scale, 1).repeat(scale, 2)
-
-    def save(temporary):
-        if temporary.suffix == ".gif":
-            temporary.write_bytes(iio.imwrite("<bytes>", frames, extension=".gif", loop=0,
-                                              duration=1000 / fps))
-        else:
-            iio.imwrite(temporary, frames, plugin="FFMPEG", fps=fps, macro_block_size=2,
-                        output_params=["-crf", "12"], ffmpeg_log_level="quiet")
-            check_video(temporary, len(frames))
-
-    write_file(path, save)
-
-
-def grid(*videos):
-    """Videos (n, T, 3, H, W) -> one (T, 3, H', W'): a column for each of n, a row an argument."""
-    rows = [torch.cat(list(F.pad(video, (1, 1, 1, 1), value=1)), -1) for video in videos]
-    return torch.cat(rows, -2)
 
 
 # ---------------------------------------------------------------- a run and its folder
@@ -854,16 +794,16 @@ def summary(reports):
     return row
 
 
-def optimize(run, stage, model, load, losses_of, preview, stream, settings, **notes):
+def optimize(run, stage, model, load, losses_of, preview, settings, **notes):
     """Trains `model` for a stage's steps, from its last checkpoint on: gradients clipped to norm 1,
     an exponential moving average (EMA) of the weights; a short warm-up, then a constant learning
     rate that falls to zero over the last 30% (a stage made longer goes back up).
 
-    load(step, places, draws) -> the data of places in the batch, in a thread ahead of time, with a
-    generator for each, from `stream`; losses_of(data, rows) -> functions that give, of some rows of
-    that data, a scalar loss and {name: (n,)} to report each: their mean is the loss, computed and
-    led back one at a time. preview(path, step) shows the average in a checkpoint's folder;
-    settings {name: value}: what a stage cannot go on without; notes: what is written down only."""
+    load(step, places) -> the data of places in the batch, in a thread ahead of time;
+    losses_of(data, rows) -> functions that give, of some rows of that data, a scalar loss and
+    {name: (n,)} to report each: their mean is the loss, computed and led back one at a time.
+    preview(path, step) shows the average in a checkpoint's folder; settings {name: value}: what a
+    stage cannot go on without; notes: what is written down only."""
     args, (steps, lr, batch) = run.args, run.setting(stage)
     local, each = batch // ranks(), batch // ranks() // args.accumulate
     compiled = args.compile and isinstance(model, DiT)
@@ -893,11 +833,7 @@ def optimize(run, stage, model, load, losses_of, preview, stream, settings, **no
     first = step
 
     places = range(rank() * local, (rank() + 1) * local)
-
-    def read(step):
-        return load(step, places, [generator(args.seed, stream, step, place) for place in places])
-
-    ahead = Ahead(read, range(step, steps), args.workers)
+    ahead = Ahead(functools.partial(load, places=places), range(step, steps), args.workers)
     begun, saved, recent, bad, skipped = time.time(), time.time(), [], [], 0
     every = max(1, min(50, steps // 10))
     bar = tqdm(total=steps, initial=step, desc=stage, smoothing=.05, disable=rank() > 0)
@@ -995,9 +931,9 @@ def train_tae(run):
     (_, _, batch), world = run.setting("tae"), run.world    # opened here, not in a reading thread
     set_recompute(tae, run.args.recompute)
 
-    def load(step, places, draws):
+    def load(step, places):
         video, _, extra, _ = world.training([step * batch + place for place in places])
-        return video, extra, draws
+        return video, extra, [generator(run.args.seed, "tae", step, place) for place in places]
 
     def losses_of(data, rows):
         video, extra, draws = (part[rows.start:rows.stop] for part in data)
@@ -1023,7 +959,7 @@ def train_tae(run):
         write_video(run.out / f"previews/tae-{step:06d}.mp4", grid(*pairs[0], *pairs[1]),
                     run.preset.fps)
 
-    optimize(run, "tae", distribute(tae, run), load, losses_of, preview, "tae", {})
+    optimize(run, "tae", distribute(tae, run), load, losses_of, preview, {})
     path, done = run.finished("tae")
     origin = f"step {done}"
     if rank() == 0 and given != origin:
@@ -1167,14 +1103,20 @@ def train_dit(run, stage):
     # the control's draws are jam's: the same clips, noise of x, times and dropped prompts
     stream = "base" if stage == "base" else "fine-tuning"
 
-    def load(step, places, draws):      # noise too: a GPU would wait for the CPU to draw it
-        indices = torch.randint(clips, (batch,), generator=generator(run.args.seed, stream, step))
-        x, d, y = latents.batch(indices[places.start:places.stop].tolist(), most)
+    def chunk(indices, step, c):
+        x, d, y = latents.batch(indices[c * CHUNK:(c + 1) * CHUNK], most)
         # of one length in all steps, so that nothing is compiled again in the middle
         y = F.pad(y, (0, longest - y.shape[1]), value=PAD)
         return corrupted(torch.cat([x, d], 1) if motion else x, y, C, uniform=run.args.uniform_t,
-                         shift=run.args.t_shift, generator=draws,
-                         motion_dropout=run.args.motion_dropout)
+                         shift=run.args.t_shift, motion_dropout=run.args.motion_dropout,
+                         generator=generator(run.args.seed, stream, step, c))
+
+    def load(step, places):             # noise too: a GPU would wait for the CPU to draw it
+        indices = torch.randint(clips, (batch,), generator=generator(run.args.seed, stream, step))
+        first, behind = places.start // CHUNK, -(-places.stop // CHUNK)
+        chunks = [chunk(indices.tolist(), step, c) for c in range(first, behind)]
+        own = slice(places.start - first * CHUNK, places.stop - first * CHUNK)
+        return [torch.cat(parts)[own] for parts in zip(*chunks)]
 
     def losses_of(data, rows):
         t, z_t, y, v = (part[rows.start:rows.stop].to(run.device) for part in data)
@@ -1200,7 +1142,7 @@ def train_dit(run, stage):
 
     settings = {"origin": origin, "uniform_t": run.args.uniform_t, "t_shift": run.args.t_shift,
                 "motion_dropout": run.args.motion_dropout if motion else None}
-    optimize(run, stage, model, load, losses_of, preview, stream, settings, clips=clips)
+    optimize(run, stage, model, load, losses_of, preview, settings, clips=clips)
 
 
 # ---------------------------------------------------------------- what a run would take

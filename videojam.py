@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import functools
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -224,20 +225,32 @@ def cut(prompt, most):
     return prompt.encode()[:most].decode(errors="ignore")
 
 
+def say_cut(prompts, most):
+    """Tells which prompts are longer than a model takes: they are cut at a character's end."""
+    for prompt in dict.fromkeys(prompts):
+        if (kept := cut(prompt, most)) != prompt:
+            print(f"a prompt has {len(prompt.encode())} bytes, the model takes {most}: cut to "
+                  f"{kept!r}")
+
+
+@functools.lru_cache(2 ** 13)           # captions come again and again, bytes are slow in Python
+def token_row(prompt, max_bytes):
+    """The tokens of one prompt, (L,): see `tokenize`."""
+    row = []
+    for byte in cut(prompt, max_bytes).encode():
+        row.append(byte + 1)
+        if byte == ord(" "):
+            row += [PAD] * (-len(row) % FOLD)
+    return torch.tensor(row + [END])
+
+
 def tokenize(prompts, max_bytes=None):
     """List of str -> LongTensor (B, L): UTF-8 bytes + 1, then END, then PAD up to the longest. The
     null prompt "" is END alone. Prompts of more than max_bytes are cut at a character's end.
 
     PAD also fills up after each space, so that words begin at multiples of FOLD: a word is folded
     alike wherever it stands. The toy learns to move as named much sooner."""
-    rows = []
-    for prompt in prompts:
-        row = []
-        for byte in cut(prompt, max_bytes).encode():
-            row.append(byte + 1)
-            if byte == ord(" "):
-                row += [PAD] * (-len(row) % FOLD)
-        rows.append(torch.tensor(row + [END]))
+    rows = [token_row(prompt, max_bytes) for prompt in prompts]
     return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
 
 
@@ -707,6 +720,11 @@ PRESETS = {
 
 
 # ---------------------------------------------------------------- the bundle: one file, all of it
+
+def weights_of(args):
+    """The bundle that --run names; without it, the shipped one."""
+    return ROOT / "weights/toy.pt" if args.run is None else Path(args.run) / "model.pt"
+
 
 def read_bundle(path):
     """What a bundle holds: its Preset, its TAE and {name: DiT}, in half precision.

@@ -25,8 +25,8 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-# The whole suite is run by two processes, one for each core: the second takes tests from the end, the
-# first from the beginning, until they meet. The second's reports come to the first through a file.
+# The whole suite is run by two processes, one for each core: the second takes tests from the end,
+# the first from the beginning, until they meet. The second's reports reach the first by a file.
 SECOND = "VIDEOJAM_SECOND_PYTEST"       # where it finds the folder that they share
 
 

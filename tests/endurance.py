@@ -231,7 +231,7 @@ def test_on_a_gpu_torchrun_is_one_process_and_resumed_is_uninterrupted(tmp_path)
         alone, by_torchrun = losses(one, stage), losses(two, stage)
         apart = [abs(a[name] / b[name] - 1) for a, b in zip(alone, by_torchrun) for name in a]
         print(f"\n{stage}: losses at most {max(apart):.1e} apart")
-        assert len(alone) == len(by_torchrun) == 10 and max(apart) < 1e-4
+        assert len(alone) == len(by_torchrun) == 10 and max(apart) < 5e-4
     bundle = torch.load(one / "model.pt", weights_only=True)        # for those without a GPU
     for part in (bundle["tae"], *bundle["dits"].values()):
         assert not any(tensor.is_cuda for tensor in part.values())
@@ -249,7 +249,7 @@ LARGE = """
 from dataclasses import replace
 preset = train.PRESETS["4b"]
 train.PRESETS["tiny"] = replace(preset, dit=replace(preset.dit, depth=2))
-train.DEFAULTS["tiny"] = dict.fromkeys(("tae", "base", "jam", "control"), (2, 1e-4, 2))
+train.DEFAULTS["tiny"] = dict.fromkeys(("tae", "base", "jam", "control"), (1, 1e-4, 2))
 train.DEFAULTS["tiny"]["encode"] = 4, 0, 1
 train.SHARD, train.BASIS_CLIPS = 2, 1
 flow.fast_dtype = lambda device: train.torch.bfloat16
@@ -263,7 +263,7 @@ def test_on_a_gpu_the_paper_s_sizes_go_from_nothing_to_a_video(tmp_path):
     out = tmp_path / "run"
     options = "--device", "cuda", "--precision", "bf16", "--accumulate", "2", "--recompute"
     at_once(command(1, out, *options, "--compile", extra=LARGE))
-    assert all(len(losses(out, stage)) == 2 for stage in STAGES)
+    assert all(len(losses(out, stage)) == 1 for stage in STAGES)
     subprocess.run([sys.executable, ROOT / "sample.py", "--run", out, "a red square moves left",
                     "--steps", "4", "--out", tmp_path / "video.mp4"], check=True)
     assert iio.imread(tmp_path / "video.mp4").shape[0] == 128

@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT, TINY, bad_weights, tiny_dit
 
 import sample
-from train import grid
+from flow import grid
 from videojam import VideoJAM
 
 PROMPT = "a red square"

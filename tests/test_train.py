@@ -409,6 +409,7 @@ import flow
 import train
 from conftest import TINY
 train.PRESETS["tiny"], train.SHARD, train.BASIS_CLIPS = TINY, 16, 32
+train.CHUNK = 3                         # neither one process's share of a batch nor all of it
 stage = {steps}, 1e-3, 4
 train.DEFAULTS["tiny"] = dict(tae=stage, encode=({clips}, 0, 8), base=stage, jam=stage,
                               control=stage)
