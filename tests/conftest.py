@@ -40,10 +40,10 @@ def taken(items, folder):
 
 def pytest_runtestloop(session):
     config, hook, second = session.config, session.config.hook, None
-    folder = Path(os.environ.get(SECOND) or tempfile.mkdtemp())
     few, option = len(session.items) < 300, config.option
     if few or option.usepdb or option.basetemp or option.collectonly or session.testsfailed:
         return None                                                 # pytest's own loop
+    folder = Path(os.environ.get(SECOND) or tempfile.mkdtemp())
     # the longest ones at the end, where the second begins
     items = sorted(session.items, key=lambda item: "two_processes" in item.name)
     if SECOND not in os.environ:
@@ -59,8 +59,10 @@ def pytest_runtestloop(session):
             following = next(run, None)
             hook.pytest_runtest_protocol(item=item, nextitem=following)
             item = following
-            if session.shouldfail or session.shouldstop:
-                raise session.Interrupted(session.shouldfail or session.shouldstop)
+            if session.shouldfail:
+                raise session.Failed(session.shouldfail)
+            if session.shouldstop:
+                raise session.Interrupted(session.shouldstop)
         if second:
             said = second.communicate()[0]
             for line in (folder / "reports").read_text().splitlines():
