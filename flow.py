@@ -767,8 +767,8 @@ def estimate_flow(raft, video, iters=12):
     with autocast(video.device):
         for clip, flow in zip(video, result):
             features1 = raft.feature_encoder(raft.prepare(clip[:1]))
-            # so many that their correlations take 32 MB, or on a GPU, which small work idles, 1 GB
-            numbers = 2 ** (23 if video.device.type == "cpu" else 28)
+            # so many that their correlations take 32 MB, or on a GPU, which idles with less, 256 MB
+            numbers = 2 ** (23 if video.device.type == "cpu" else 26)
             pairs = max(1, numbers // features1[0, 0].numel() ** 2)
             for k in range(0, T - 1, pairs):
                 images = raft.prepare(clip[k:k + pairs + 1])

@@ -69,10 +69,10 @@ DEFAULTS = {
     "30b": {"tae": (300_000, 1e-4, 32), "encode": (4, 0, 1), "base": (500_000, 1e-4, 1024),
             "jam": (35_000, 5e-6, 256)},
 }
-VERSION = 8                             # of a run's folder: raised when old runs cannot go on
+VERSION = 9                             # of a run's folder: raised when old runs cannot go on
 SHARD = 256                             # clips in a file of latents
-CHUNK = 16                              # clips of a batch whose noise is drawn at once: a call for
-                                        # each of 512 keeps a GPU's launches waiting
+CHUNK = 16                              # clips of a batch noised at once, though a process may need
+                                        # fewer: calls for each of them hold up a GPU's launches
 BASIS_CLIPS = 256                       # that the TAE's basis is fitted on
 CHECKPOINT_SECONDS = 60                 # between two; or 20 times what one takes to write
 T_BINS = 5                              # losses are reported apart for t in [0, .2), [.2, .4), ...
@@ -444,7 +444,7 @@ class Ahead:
 # ---------------------------------------------------------------- small things that others use too
 
 def generator(*key):
-    """A random stream of its own for (seed, stage, step, place in the batch)."""
+    """A random stream of its own for a key such as (seed, stage, step, place in the batch)."""
     return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
 
 
@@ -1103,8 +1103,8 @@ def train_dit(run, stage):
     # the control's draws are jam's: the same clips, noise of x, times and dropped prompts
     stream = "base" if stage == "base" else "fine-tuning"
 
-    def chunk(indices, step, c):
-        x, d, y = latents.batch(indices[c * CHUNK:(c + 1) * CHUNK], most)
+    def chunk(step, c, indices):
+        x, d, y = latents.batch(indices, most)
         # of one length in all steps, so that nothing is compiled again in the middle
         y = F.pad(y, (0, longest - y.shape[1]), value=PAD)
         return corrupted(torch.cat([x, d], 1) if motion else x, y, C, uniform=run.args.uniform_t,
@@ -1113,8 +1113,8 @@ def train_dit(run, stage):
 
     def load(step, places):             # noise too: a GPU would wait for the CPU to draw it
         indices = torch.randint(clips, (batch,), generator=generator(run.args.seed, stream, step))
-        first, behind = places.start // CHUNK, -(-places.stop // CHUNK)
-        chunks = [chunk(indices.tolist(), step, c) for c in range(first, behind)]
+        first, rows = places.start // CHUNK, indices.split(CHUNK)
+        chunks = [chunk(step, c, rows[c].tolist()) for c in range(first, -(-places.stop // CHUNK))]
         own = slice(places.start - first * CHUNK, places.stop - first * CHUNK)
         return [torch.cat(parts)[own] for parts in zip(*chunks)]
 

@@ -241,7 +241,7 @@ def token_row(prompt, max_bytes):
         row.append(byte + 1)
         if byte == ord(" "):
             row += [PAD] * (-len(row) % FOLD)
-    return torch.tensor(row + [END])
+    return torch.tensor(row + [END], device="cpu")
 
 
 def tokenize(prompts, max_bytes=None):

@@ -1,6 +1,6 @@
 """What the tests share: a tiny model, and scripts run without a process of their own."""
+import ast
 import contextlib
-import json
 import os
 import shutil
 import subprocess
@@ -40,8 +40,9 @@ def taken(items, folder):
 
 def pytest_runtestloop(session):
     config, hook, second = session.config, session.config.hook, None
-    few, option = len(session.items) < 300, config.option
-    if few or option.usepdb or option.basetemp or option.collectonly or session.testsfailed:
+    few, asked, ran = len(session.items) < 300, vars(config.option), set()
+    if few or session.testsfailed or asked["capture"] == "no" or any(map(asked.get, (
+            "usepdb", "basetemp", "collectonly", "maxfail", "stepwise", "numprocesses"))):
         return None                                                 # pytest's own loop
     folder = Path(os.environ.get(SECOND) or tempfile.mkdtemp())
     # the longest ones at the end, where the second begins
@@ -58,6 +59,7 @@ def pytest_runtestloop(session):
         while item:
             following = next(run, None)
             hook.pytest_runtest_protocol(item=item, nextitem=following)
+            ran.add(item.nodeid)
             item = following
             if session.shouldfail:
                 raise session.Failed(session.shouldfail)
@@ -66,13 +68,17 @@ def pytest_runtestloop(session):
         if second:
             said = second.communicate()[0]
             for line in (folder / "reports").read_text().splitlines():
-                hook.pytest_runtest_logreport(report=hook.pytest_report_from_serializable(
-                    config=config, data=json.loads(line)))
-            if second.returncode not in (0, 1):
-                pytest.exit(f"the second pytest ended with {second.returncode}:\n{said}", 1)
+                report = hook.pytest_report_from_serializable(config=config,
+                                                              data=ast.literal_eval(line))
+                hook.pytest_runtest_logreport(report=report)
+                if report.when == "teardown":
+                    ran.add(report.nodeid)
+            if missing := {item.nodeid for item in items} - ran:
+                pytest.exit(f"the second pytest ended with {second.returncode}, without "
+                            f"{', '.join(sorted(missing))}:\n{said}", 2)
     finally:
         if second:
-            second.kill()
+            second.kill(), second.wait()
             shutil.rmtree(folder)
     return True
 
@@ -83,7 +89,7 @@ def pytest_runtest_makereport(item):
     if SECOND in os.environ:
         data = item.config.hook.pytest_report_to_serializable(config=item.config, report=report)
         with open(Path(os.environ[SECOND], "reports"), "a") as file:
-            print(json.dumps(data), file=file)
+            print(ascii(data), file=file)
     return report
 
 
