@@ -71,7 +71,7 @@ DEFAULTS = {
 }
 VERSION = 9                             # of a run's folder: raised when old runs cannot go on
 SHARD = 256                             # clips in a file of latents
-CHUNK = 16                              # clips of a batch noised at once, though a process may need
+CHUNK = 32                              # clips of a batch noised at once, though a process may need
                                         # fewer: calls for each of them hold up a GPU's launches
 BASIS_CLIPS = 256                       # that the TAE's basis is fitted on
 CHECKPOINT_SECONDS = 60                 # between two; or 20 times what one takes to write
