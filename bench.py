@@ -792,12 +792,11 @@ def speed(args):
             dit.compile_blocks()
     turns = times_by_turns([function for function, _, _ in tasks.values()], device, 7, 2)
     seconds = dict(zip(tasks, turns.T))                             # a number for each turn
-    peak = 2 * side ** 3 / float(np.median(seconds[product]))
-    result = {}
-    for name, (_, count, flops) in tasks.items():
-        median = float(np.median(seconds[name]))
-        result[name] = {"ms": 1e3 * median / count, "GFLOP": flops / count / 1e9,
-                        "share": flops / median / peak}
+    medians = {name: float(np.median(times)) for name, times in seconds.items()}
+    peak = 2 * side ** 3 / medians[product]
+    result = {name: {"ms": 1e3 * medians[name] / count, "GFLOP": flops / count / 1e9,
+                     "share": flops / medians[name] / peak}
+              for name, (_, count, flops) in tasks.items()}
 
     def ratio(one, other):          # within a turn: what else the machine does meets both alike
         return float(np.median(seconds[one] / seconds[other]))
