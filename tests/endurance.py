@@ -231,7 +231,7 @@ def test_on_a_gpu_torchrun_is_one_process_and_resumed_is_uninterrupted(tmp_path)
         alone, by_torchrun = losses(one, stage), losses(two, stage)
         apart = [abs(a[name] / b[name] - 1) for a, b in zip(alone, by_torchrun) for name in a]
         print(f"\n{stage}: losses at most {max(apart):.1e} apart")
-        # (on an H200 1.7e-4, of jam: its sums are in another order; on CPUs 2e-5)
+        # (on an H200 1.7e-4, of jam; on CPUs 2e-5)
         assert len(alone) == len(by_torchrun) == 10 and max(apart) < 5e-4
     bundle = torch.load(one / "model.pt", weights_only=True)        # for those without a GPU
     for part in (bundle["tae"], *bundle["dits"].values()):
