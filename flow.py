@@ -232,9 +232,12 @@ class Muon(torch.optim.Optimizer):
     AdamW step's size, .2 lr an element, so that one lr serves both.
 
     torch.optim.Muon is the same, but multiplies in bf16 everywhere: 17 times the time, or more than
-    a whole training step of the toy, on a CPU without instructions for it."""
-    def __init__(self, weights, lr, momentum=.95):
+    a whole training step of the toy, on a CPU without instructions for it.
+
+    paces {weight: tensor of its shape}: how many times as far as others an element goes."""
+    def __init__(self, weights, lr, momentum=.95, paces=None):
         super().__init__(weights, {"lr": lr, "momentum": momentum})
+        self.paces = paces or {}
         for weight in self.param_groups[0]["params"]:       # now, so that a checkpoint can fill it
             self.state[weight]["momentum"] = torch.zeros_like(weight)
 
@@ -252,12 +255,15 @@ class Muon(torch.optim.Optimizer):
                     matrices.append(weight.grad.lerp(average, group["momentum"]).flatten(1))
                 step = -group["lr"] * .2 * max(matrices[0].shape) ** .5
                 for weight, update in zip(weights, orthogonalized(torch.stack(matrices))):
+                    if weight in self.paces:
+                        update = update * self.paces[weight]
                     weight.add_(update.view_as(weight), alpha=step)
 
 
-def optimizers(model, lr):
-    """[AdamW, Muon]: Muon for the matrices of Linears and the kernels of convolutions, AdamW for
-    all else. Their states are made at once, so that a checkpoint can fill them."""
+def optimizers(model, lr, paces=None):
+    """[AdamW, Muon]: Muon (with its `paces`) for the matrices of Linears and the kernels of
+    convolutions, AdamW for all else. Their states are made at once, so that a checkpoint can fill
+    them."""
     matrices = {module.weight: None for module in model.modules()
                 if isinstance(module, (nn.Linear, nn.Conv2d))}
     others = [weight for weight in model.parameters() if weight not in matrices]
@@ -266,7 +272,7 @@ def optimizers(model, lr):
         adamw.state[weight] = {"step": torch.zeros((), device=weight.device),
                                "exp_avg": torch.zeros_like(weight),
                                "exp_avg_sq": torch.zeros_like(weight)}
-    return [adamw, Muon(matrices, lr)]
+    return [adamw, Muon(matrices, lr, paces=paces)]
 
 
 # ---------------------------------------------------------------- Sec. 4.2: flow as RGB (Eq. 5)

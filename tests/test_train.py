@@ -1,4 +1,5 @@
 """pytest tests/test_train.py"""
+import copy
 import dataclasses
 import json
 import os
@@ -485,6 +486,25 @@ def test_muon_steps_in_all_directions_of_matrices_and_kernels_adamw_in_the_rest(
             assert .5 < values.median() and values.max() < 1.3
 
 
+def test_new_rows_of_motion_go_further_than_all_else():
+    model, C = randomised(DiT(TINY.dit).add_motion()), TINY.dit.channels
+    alike = copy.deepcopy(model)
+    paces = train.motion_paces(model, C)
+    for weight, other in zip(model.parameters(), alike.parameters()):
+        weight.grad = other.grad = torch.randn_like(weight)
+    before = copy.deepcopy(model)
+    for optimizer in train.optimizers(model, .01, paces) + train.optimizers(alike, .01):
+        optimizer.step()
+    for name, was in before.named_parameters():
+        step, plain = (new.get_parameter(name) - was for new in (model, alike))
+        expected = torch.ones_like(was)
+        if name == "W_in.weight":                       # patches are (offset, [x, d])
+            expected.view(len(was), -1, 2, C)[:, :, 1] = train.MOTION_PACE
+        if name == "W_out.weight":
+            expected.view(-1, 2, C, was.shape[1])[:, 1] = train.MOTION_PACE
+        torch.testing.assert_close(step, expected * plain, rtol=1e-3, atol=1e-6)
+
+
 # motion without RAFT: fast, and another one for every clip
 BRIGHTNESS_AS_MOTION = """
 train.RAFT.load = lambda: train.torch.nn.Identity()
@@ -742,7 +762,7 @@ def test_bad_flags_are_one_line_and_leave_no_run_folder(tmp_path, refuses, flag,
 
 
 @pytest.mark.parametrize("more, complaint", [
-    (("--seed", 1), "begun with seed 0, not 1"), (("--rich", .7), "begun with rich 0.2, not 0.7"),
+    (("--seed", 1), "begun with seed 0, not 1"), (("--rich", .7), "begun with rich 0.0, not 0.7"),
     (("--sigma", .3), "begun with sigma 0.15, not 0.3"),
     (("--data", str(CLIPS)), "begun with data None"),
     (("--stage", "tae", "--lr", .5, "--steps", 9), "begun with lr 0.001, not 0.5"),
