@@ -53,7 +53,8 @@ from flow import (HELD_OUT, RAFT, autocast, device_of, estimate_flow, fast_dtype
                   grid, optimizers, read_file, refuse_changes, report_errors, sprite_clips,
                   write_file, write_tensors, write_text, write_video)
 from videojam import (FOLD, PAD, PRESETS, TAE, DiT, VideoJAM, corrupted, cut, initialize,
-                      read_bundle, set_recompute, squared_errors, tae_loss, tokenize, widen)
+                      read_bundle, set_recompute, squared_errors, tae_loss, token_row, tokenize,
+                      widen)
 
 STAGES = ("tae", "encode", "base", "jam", "control")
 # preset -> stage -> (steps, learning rate, batch over all GPUs). encode's "steps" are clips of the
@@ -1113,7 +1114,7 @@ def train_dit(run, stage):
     if long := sum(cut(caption, most) != caption for caption in latents.captions):
         say(f"{stage}: {long} captions of more than {most} bytes are cut")
     clips, batch = len(latents.captions), run.setting(stage)[2]
-    longest = max(tokenize([caption], most).shape[1] for caption in set(latents.captions))
+    longest = max(len(token_row(caption, most)) for caption in set(latents.captions))
     model = distribute(model, run)
     new_rows = motion and which == "base"
     if source and run.last(stage)[0] is None:
