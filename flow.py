@@ -255,9 +255,10 @@ class Muon(torch.optim.Optimizer):
                     matrices.append(weight.grad.lerp(average, group["momentum"]).flatten(1))
                 step = -group["lr"] * .2 * max(matrices[0].shape) ** .5
                 for weight, update in zip(weights, orthogonalized(torch.stack(matrices))):
+                    update = update.view_as(weight)
                     if weight in self.paces:
                         update = update * self.paces[weight]
-                    weight.add_(update.view_as(weight), alpha=step)
+                    weight.add_(update, alpha=step)
 
 
 def optimizers(model, lr, paces=None):

@@ -763,14 +763,19 @@ MOTION_ROWS = {"W_in.weight": 1, "W_out.weight": 0}     # the two layers of Sec.
 MOTION_PACE = 5.                                        # how much faster than x's they learn
 
 
+def without_motion(weight, axis):
+    """The shape that a weight of MOTION_ROWS has in a model without motion."""
+    shape = list(weight.shape)
+    shape[axis] //= 2
+    return shape
+
+
 def begin_from(model, source, C, add_motion):
     """Weights of another DiT, {name: tensor} or a checkpoint's path, for this one, sharded or not.
     add_motion: the other has no motion, of which this one therefore knows nothing (Sec. 4.2)."""
     wanted, narrow = dict(model.named_parameters()), {}
     for name, axis in MOTION_ROWS.items() if add_motion else ():
-        shape = list(wanted[name].shape)
-        shape[axis] //= 2
-        narrow[name] = torch.empty(shape)
+        narrow[name] = torch.empty(without_motion(wanted[name], axis))
     if isinstance(source, dict):
         for name, tensor in {**wanted, **narrow}.items():
             assign(tensor, source[name])
@@ -788,11 +793,9 @@ def motion_paces(model, C):
     paces = {}
     for name, axis in MOTION_ROWS.items():
         weight = model.get_parameter(name)
-        shape = list(weight.shape)
-        shape[axis] //= 2
-        of_x = widen(torch.ones(shape), axis, C, channel_last=True)     # 1 for x, 0 for d
+        of_x = widen(torch.ones(without_motion(weight, axis)), axis, C, channel_last=True)
         paces[weight] = torch.empty_like(weight)
-        assign(paces[weight], MOTION_PACE ** (1 - of_x))
+        assign(paces[weight], torch.where(of_x == 1, 1., MOTION_PACE))
     return paces
 
 

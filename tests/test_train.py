@@ -445,7 +445,8 @@ def test_two_processes_are_one_and_checkpoints_come_back_on_another_number(tmp_p
     for stage in ("tae", "base", "jam", "control"):
         alone, shared = losses(one, stage), losses(two, stage)
         assert [row["step"] for row in alone] == list(range(1, 11))
-        assert alone == [pytest.approx(row, rel=5e-5) for row in shared]    # jam's: to 2.1e-5
+        bound = 5e-5 if stage == "jam" else 2e-5    # jam's new rows carry the rounding further
+        assert alone == [pytest.approx(row, rel=bound) for row in shared]
     # the last 2 of 10 steps again, on the other number of processes
     whole = [checkpoint(out, "jam") for out in (one, two)]
     for out in (one, two):
