@@ -34,9 +34,9 @@ from torch import nn
 from tqdm import tqdm
 
 from flow import (COLOURS, DIRECTIONS, HELD_OUT, RAFT, SHAPES, TRAVEL, TURNS, autocast, bouncing,
-                  device_of, estimate_flow, fast_dtype, flow_to_rgb, grid, optimizers, read_lines,
-                  report_errors, rgb_to_flow, signed_distance, sprite_clip, sprite_clips,
-                  sprite_scene, write_text, write_video)
+                  device_of, estimate_flow, fast_dtype, flow_to_rgb, grid, optimizers,
+                  out_of_memory, read_lines, report_errors, rgb_to_flow, signed_distance,
+                  sprite_clips, sprite_scene, write_text, write_video)
 from train import SUFFIXES, can_compile, flops_of, preset_of, recomputes
 from videojam import (PRESETS, TAE, DiT, VideoJAM, corrupted, cut, euler_sample, linear_quadratic,
                       noised, say_cut, set_recompute, squared_errors, tokenize, velocity,
@@ -303,9 +303,7 @@ def held_out_clips(n, frames, size, start=HELD_OUT + 10_000):
     flow, captions, scenes."""
     alone = (seed for seed in itertools.count(start)
              if len(sprite_scene(seed, frames, 0)["sprites"]) == 1)
-    clips = [sprite_clip(seed, frames, size, rich=0) for seed in itertools.islice(alone, n)]
-    video, flow, captions, scenes = zip(*clips)
-    return torch.stack(video), torch.stack(flow), list(captions), list(scenes)
+    return sprite_clips(list(itertools.islice(alone, n)), frames, size, rich=0)
 
 
 def judge(video, scenes):
@@ -369,7 +367,7 @@ class World:
         self.also = {run: VideoJAM.load(run / "model.pt", device=self.device)
                      for run in args.also or ()}
 
-    @functools.cache
+    @functools.lru_cache(4)             # compare's, which ablation has again; all do not fit
     def sample(self, which="jam", **options):
         """Video and RGB motion for the prompts (--seeds times all of them, one after the other);
         sample i starts from the noise of HELD_OUT + i."""
@@ -552,21 +550,23 @@ def compare(world):
 
 
 def ablation(world):
-    """Table 3, and what it leaves open: w2, and how long it acts."""
+    """Table 3 (its "w/o Inner-Guidance" is w2 = 0, "w/o optical flow" is d = 0), and what it leaves
+    open: w2, and how long it acts."""
     steps, w2 = world.args.steps, world.args.w2
-    results = {f"VideoJAM, w2 = {w2:g}": world.sample(),
-               "without text guidance": world.sample(w1=0.),
-               "without motion guidance": world.sample(w2=0.),
-               # classifier-free guidance on u(x, 0, y): composable guidance without its motion term
-               "d = 0 at inference": world.sample(mode="composable", w1=world.args.w1 + 1, w2=0.),
-               "InstructPix2Pix": world.sample(mode="ip2p"),
-               "composable": world.sample(mode="composable")}
-    results |= {f"w2 = {w:g}": world.sample(w2=w) for w in (1., 2., 4., 6.) if w != w2}
-    results |= {f"w2 in the first {share}% of steps": world.sample(motion_steps=steps * share / 100)
-                for share in (25, 75, 100)}
-    results |= {str(run): world.sample(run) for run in world.also}
-    rows = {name: judge(video, world.scenes)
-            for name, (video, _) in (world.ceilings | results).items()}
+    variants = {f"VideoJAM, w2 = {w2:g}": {},
+                "without text guidance": {"w1": 0.},
+                "without motion guidance": {"w2": 0.},
+                # classifier-free guidance on u(x, 0, y): composable without its motion term
+                "d = 0 at inference": {"mode": "composable", "w1": world.args.w1 + 1, "w2": 0.},
+                "InstructPix2Pix": {"mode": "ip2p"},
+                "composable": {"mode": "composable"}}
+    variants |= {f"w2 = {w:g}": {"w2": w} for w in (1., 2., 4., 6.) if w != w2}
+    variants |= {f"w2 in the first {share}% of steps": {"motion_steps": steps * share / 100}
+                 for share in (25, 75, 100)}
+    variants |= {str(run): {"which": run} for run in world.also}
+    rows = {name: judge(video, world.scenes) for name, (video, _) in world.ceilings.items()}
+    rows |= {name: judge(world.sample(**options)[0], world.scenes)
+             for name, options in variants.items()}
     return {"about": f"n = {world.args.n} held-out clips' prompts, the same noise in every row. "
                      "Composable guidance has its motion term in all steps. The p values are not "
                      "corrected for their number.",
@@ -662,7 +662,9 @@ def metrics(args):
                 frames.append(F.interpolate(frame, (args.size, args.size), mode="bilinear",
                                             antialias=True) if args.size else frame)
             video = torch.cat(frames)
-        except Exception:                   # whatever the decoder says of a broken file
+        except Exception as error:          # whatever the decoder says of a broken file
+            if out_of_memory(error):
+                raise
             tqdm.write(f"skipped {path.name}: it cannot be decoded")
             skipped += 1
             continue
@@ -715,7 +717,7 @@ def times_by_turns(functions, device, repeats, warm):
             start = time.perf_counter()
             function()
             if device.type == "cuda":
-                torch.cuda.synchronize()
+                torch.cuda.synchronize(device)
             times[-1].append(time.perf_counter() - start)
     return np.array(times[warm:])
 
@@ -727,7 +729,7 @@ def speed(args):
     recomputed."""
     device, B = device_of(args.device), args.batch
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(device)
     preset = preset_of(args.preset) if args.preset else VideoJAM.load(weights_of(args)).config
     shape, y = preset.latent_shape(), tokenize(["a red square moves left slowly"] * B)
     side = 4096 if device.type == "cpu" else 8192
@@ -807,7 +809,8 @@ def speed(args):
               f"{product}, GFLOP/s": peak / 1e9,
               "threads": torch.get_num_threads()}
     if device.type == "cuda":
-        ratios["peak memory, both models in it, GB"] = torch.cuda.max_memory_allocated() / 1e9
+        ratios["peak memory, both models in it, GB"] = \
+            torch.cuda.max_memory_allocated(device) / 1e9
     print(markdown((["", "ms", "GFLOP", "of the matrix product's rate"],
                     [[name, f"{r['ms']:.3g}", f"{r['GFLOP']:.3g}", f"{100 * r['share']:.0f} %"]
                      for name, r in result.items()])), "\n")
@@ -970,7 +973,8 @@ def markdown(table):
 
 
 def report(out, sections, fps):
-    """results.json, report.md and report.html (self-contained) of {name: section}."""
+    """results.json, report.md, report.html (self-contained) and its curves as .svg, of {name:
+    section}."""
     out.mkdir(parents=True, exist_ok=True)
     text, page = ["# VideoJAM: experiments"], ["<!doctype html><meta charset=utf-8><style>"
         "body{font:15px sans-serif;margin:2em}td,th{padding:.2em .8em;border-bottom:1px solid #ccc}"

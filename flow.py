@@ -37,6 +37,11 @@ def out_of_memory(error):
         "can't allocate memory" in str(error)
 
 
+def one_line(error):
+    """The beginning of what an exception says, which may be long."""
+    return " ".join(str(error).split())[:200]
+
+
 def report_errors(main):
     """Runs a script's main. Bad input, a ValueError, a file that cannot be read or written, or too
     little memory ends as one line on stderr and exit code 2, Ctrl-C as one line and a shell's
@@ -139,7 +144,7 @@ def on_cpu(content):
 
 
 def write_tensors(path, content):
-    """What `read_file` reads: a dict of data and tensors, with its "kind". (Tensors of a GPU would
+    """A dict of data and tensors; with a "kind" in it `read_file` reads it. (Tensors of a GPU would
     come back on a GPU, where others have none.)"""
     write_file(path, lambda temporary: torch.save(on_cpu(content), temporary))
 
@@ -154,6 +159,8 @@ def read_file(path, kind):
         content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=stored)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
     except Exception:
         raise ValueError(f"{path}: not a {kind} file, or damaged") from None
     if not isinstance(content, dict) or content.get("kind") != kind:
@@ -282,7 +289,9 @@ def flow_to_rgb(flow, sigma=0.15):
     """Eq. 5. flow (..., 2, H, W) in px -> rgb (..., 3, H, W) in [0, 1].
 
     Hue is the angle alpha, saturation the magnitude m = min(1, |flow| / (sigma sqrt(H^2 + W^2))),
-    value is 1: still is white, and the map is invertible below saturation (m < 1)."""
+    value is 1: still is white, and the map is invertible below saturation (m < 1). H, W are those
+    of the frames that the flow was measured on. (The paper says only that an angle has a colour and
+    m is its "opacity", once that a larger m reduces it: that is open, and this is our choice.)"""
     H, W = flow.shape[-2:]
     u, v = flow.unbind(-3)
     m = (torch.hypot(u, v) / (sigma * math.hypot(H, W))).clamp(max=1)
@@ -465,8 +474,8 @@ def signed_distance(shape, x, y, r):
 def render_background(background, size):
     """(3, H, W): a pale colour, on textured ones with a faint pattern in all channels."""
     kind, wave, phase = background["kind"], background["wave"], background["phase"]
-    grid = (torch.arange(size) + .5) / size * 2 * math.pi
-    y, x = torch.meshgrid(grid, grid, indexing="ij")
+    axis = (torch.arange(size) + .5) / size * 2 * math.pi
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
     a, c = 4 * wave[0]
     if kind == "plain":
         pattern = torch.tensor(-1.)
@@ -642,8 +651,8 @@ def look_up(pyramid, coords):
     for level, corr in enumerate(pyramid):
         # grid_sample's -1 and 1 are the centres of the first and last cells (align_corners=True)
         last = torch.tensor(corr.shape[:1:-1], device=coords.device) - 1        # of x, of y
-        grid = (centre / 2 ** level + window).div_(last / 2).sub_(1)            # (B h w, 7, 7, 2)
-        looked_up.append(F.grid_sample(corr, grid, align_corners=True).view(B, h, w, -1))
+        at = (centre / 2 ** level + window).div_(last / 2).sub_(1)              # (B h w, 7, 7, 2)
+        looked_up.append(F.grid_sample(corr, at, align_corners=True).view(B, h, w, -1))
     return torch.cat(looked_up, -1).permute(0, 3, 1, 2)
 
 
@@ -727,7 +736,7 @@ class RAFT(nn.Module):
             raft.load_state_dict(state)                 # copies into fp32 parameters
         except Exception as error:                      # a damaged file can raise almost anything
             raise ValueError(f"{path}: damaged, or not RAFT-small's weights: "
-                             f"{' '.join(str(error).split())[:200]}") from None
+                             f"{one_line(error)}") from None
         return raft.eval().requires_grad_(False)
 
 
@@ -916,8 +925,8 @@ def flow_scenes(n, size, seed, shapes=6, photos=()):
         scale, where = uniform(.6, 1.2, 1, 1), uniform(-.5, .5, 2, 1)
         first = points - centre
         for i, v in enumerate((first, project(back, first) + bent(first))):
-            grid = (v + centre) * (2 * scale / size) - scale + where
-            paint = F.grid_sample(picture, grid.mT.view(n, size, size, 2), align_corners=False,
+            at = (v + centre) * (2 * scale / size) - scale + where
+            paint = F.grid_sample(picture, at.mT.view(n, size, size, 2), align_corners=False,
                                   padding_mode="reflection").flatten(2)                 # (n, 3, P)
             cover = torch.ones(n, 1, size * size)
             if layer > 0:
@@ -1008,7 +1017,8 @@ def validate(raft, out, clips=4):
 def train_raft(out="runs/raft", steps=20_000, batch=8, lr=4e-4, weights=None, images=None,
                iters=8, every=500, seed=0):
     """Trains RAFT, from nothing or from `weights`; a second call on the same folder goes on where
-    the first stopped, and ends with the same weights as an uninterrupted one of as many steps.
+    the first stopped, and, if that was begun for as many steps, which the learning rate depends on,
+    ends with the same weights as an uninterrupted one.
 
     images: a folder of photographs that become textures; seed: of the pairs, so that a training
     that begins from another's weights need not see the same ones. Writes out/state.pt (to resume),
@@ -1022,7 +1032,7 @@ def train_raft(out="runs/raft", steps=20_000, batch=8, lr=4e-4, weights=None, im
     adamw, muon = optimizers(raft, lr)
     settings = {"batch": batch, "lr": lr, "weights": weights and str(weights),
                 "images": images and str(images), "iters": iters, "seed": seed}
-    start, scores = 0, {}
+    start, bad, scores = 0, 0, {}
     if (out / "state.pt").exists():
         state = read_file(out / "state.pt", "raft training")
         refuse_changes(out, state["settings"], settings)
@@ -1045,9 +1055,14 @@ def train_raft(out="runs/raft", steps=20_000, batch=8, lr=4e-4, weights=None, im
                    .sqrt().mean() for i, flow in enumerate(flows))
         raft.zero_grad()
         loss.backward()
+        bad += 1
         if nn.utils.clip_grad_norm_(raft.parameters(), 1).isfinite():
             adamw.step()
             muon.step()
+            bad = 0
+        if bad == 10:
+            raise ValueError(f"{out}: 10 steps in a row are not finite, up to step {step + 1}: "
+                             f"take a smaller --lr and another --out")
         if (step + 1) % every == 0 or step + 1 == steps:
             write_tensors(out / "raft.pt", {k: v.half() for k, v in raft.state_dict().items()})
             write_tensors(out / "state.pt", {           # last: with it the step is done

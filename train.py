@@ -50,8 +50,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from flow import (HELD_OUT, RAFT, autocast, device_of, estimate_flow, fast_dtype, flow_to_rgb,
-                  grid, optimizers, read_file, refuse_changes, report_errors, sprite_clips,
-                  write_file, write_tensors, write_text, write_video)
+                  grid, one_line, optimizers, read_file, refuse_changes, report_errors,
+                  sprite_clips, write_file, write_tensors, write_text, write_video)
 from videojam import (FOLD, PAD, PRESETS, TAE, DiT, VideoJAM, corrupted, cut, initialize,
                       read_bundle, set_recompute, squared_errors, tae_loss, token_row, tokenize,
                       widen)
@@ -277,7 +277,7 @@ class Folder:
         self.order = sorted(self.keys(64), key=lambda key: zlib.crc32(repr(key).encode()))
 
     def examine_all(self, path, workers):
-        """Writes {name: {caption, frames} or {reason}}; videos that were used the last time, and
+        """Writes {name: {caption, stamp, frames} or {reason}}; videos that were used last time, and
         have not changed, are not opened again. Says what was found, used and skipped, and why."""
         layout, found = find_videos(self.folder)
         before = read_json(path) if path.is_file() else {}
@@ -490,7 +490,7 @@ def fill(state, path, alone=False):
         cause = next((cause for cause, _ in getattr(error, "failures", {}).values()), error)
         if isinstance(cause, KeyboardInterrupt):
             raise cause from None
-        raise ValueError(f"{path}: cannot be read ({' '.join(f'{cause!r}'.split())[:200]}): if it "
+        raise ValueError(f"{path}: cannot be read ({one_line(repr(cause))}): if it "
                          "is damaged, or of another model, delete it, and the same command goes on "
                          "from the checkpoint before") from None
 
@@ -558,17 +558,19 @@ class Run:
         return Sprites(self.preset, self.args.rich, raft)
 
     def setting(self, stage):
-        """(steps, learning rate, batch) of a stage: the flags, or the preset's defaults; without
-        --steps a stage that was begun for more goes on to them."""
-        args, encoding = self.args, stage == "encode"
+        """(steps, learning rate, batch) of a stage: the flags; without them what it was begun with
+        (but no fewer steps than the preset's), the control what jam was; else the preset's."""
+        args, encoding, control = self.args, stage == "encode", stage == "control"
+        defaults = DEFAULTS[args.preset]["jam" if control else stage]
+        own, jam = self.last(stage)[1], self.last("jam")[1] if control else None
+        if begun := own or jam:
+            most = max(status["of"] for status in (own, jam) if status)
+            defaults = most if jam else max(most, defaults[0]), begun["lr"], begun["batch"]
         flags = args.steps, args.lr, None if encoding and args.stage is None else args.batch
-        defaults = DEFAULTS[args.preset]["jam" if stage == "control" else stage]
         steps, lr, batch = (default if flag is None else flag
                             for flag, default in zip(flags, defaults))
-        before = self.last(stage)[1] or {"step": 0, "of": 0}
-        if args.steps is None:
-            steps = max(steps, before["of"])
-        if not encoding and before["step"] < steps and batch % (ranks() * args.accumulate):
+        left = steps > (own["step"] if own else 0)
+        if not encoding and left and batch % (ranks() * args.accumulate):
             raise ValueError(f"{stage}: a batch of {batch} does not divide into {ranks()} "
                              f"processes x {args.accumulate} parts (--batch, --accumulate)")
         return steps, lr, batch
@@ -789,7 +791,8 @@ def motion_paces(model, C):
     """What `Muon` takes for W_in and W_out whose rows of motion began at zero: these go MOTION_PACE
     times as far in a step. (A step's size does not depend on the gradient's: at x's pace the toy's
     new rows took 400 steps to come near x's in size, and motion was hardly read before. At this
-    one its loss is below .6 after 180 steps, not 400, and appearance suffers less.)"""
+    one its loss is below .6 after 180 steps, not 400, and appearance suffers less. The paper names
+    no such thing, nor its optimizer.)"""
     paces = {}
     for name, axis in MOTION_ROWS.items():
         weight = model.get_parameter(name)
@@ -818,7 +821,7 @@ def summary(reports):
 def optimize(run, stage, model, load, losses_of, preview, settings, paces=None, **notes):
     """Trains `model` for a stage's steps, from its last checkpoint on: gradients clipped to norm 1,
     an exponential moving average (EMA) of the weights; a short warm-up, then a constant learning
-    rate that falls to zero over the last 30% (a stage made longer goes back up).
+    rate that falls to zero over the last 30% (a stage made longer goes back up; the paper's stays).
 
     load(step, places) -> the data of places in the batch, in a thread ahead of time;
     losses_of(data, rows) -> functions that give, of some rows of that data, a scalar loss and
@@ -859,7 +862,13 @@ def optimize(run, stage, model, load, losses_of, preview, settings, paces=None, 
     every = max(1, min(50, steps // 10))
     bar = tqdm(total=steps, initial=step, desc=stage, smoothing=.05, disable=rank() > 0)
     stopped = []                # Ctrl-C (or a cluster's SIGTERM) waits for the end of the step
-    handlers = {number: signal.signal(number, lambda *_: stopped.append(True))
+
+    def on_signal(*_):          # a later one does not (torchrun passes the same one on at once)
+        if stopped and time.time() - stopped[0] > 5:
+            raise KeyboardInterrupt
+        stopped.append(time.time())
+
+    handlers = {number: signal.signal(number, on_signal)
                 for number in (signal.SIGINT, signal.SIGTERM)}
     batches = iter(ahead)
     try:
@@ -921,7 +930,7 @@ def optimize(run, stage, model, load, losses_of, preview, settings, paces=None, 
                 try:
                     preview(run.last(stage)[0], step)
                 except (ValueError, OSError, RuntimeError, MemoryError) as error:
-                    say(f"{stage}: no preview of step {step}: {' '.join(str(error).split())[:200]}")
+                    say(f"{stage}: no preview of step {step}: {one_line(error)}")
             if show:
                 wait_for_all()
             if stop or show and agreed(run.device, bool(stopped))[0]:
@@ -941,8 +950,6 @@ def optimize(run, stage, model, load, losses_of, preview, settings, paces=None, 
 
 def train_tae(run):
     """The auto-encoder of videos and their RGB flow alike; then its latents' bases."""
-    torch.manual_seed(run.args.seed)
-    tae = TAE(run.preset.tae)
     if run.init:
         return say(f"tae: that of {run.args.init}")
     kept = run.out / "tae.pt"
@@ -950,7 +957,8 @@ def train_tae(run):
     if given and (run.last("tae")[1] is None or given.startswith("--init")):
         return say("tae: it is there already")
     (_, _, batch), world = run.setting("tae"), run.world    # opened here, not in a reading thread
-    set_recompute(tae, run.args.recompute)
+    torch.manual_seed(run.args.seed)
+    tae = set_recompute(TAE(run.preset.tae), run.args.recompute)
 
     def load(step, places):
         video, _, extra, _ = world.training([step * batch + place for place in places])
@@ -1061,7 +1069,7 @@ def encode(run):
                 video = video.to(run.device)
                 motion = world.motion(video, extra)
                 if run.device.type == "cuda":
-                    torch.cuda.synchronize()        # its work is RAFT's, not yet the TAE's
+                    torch.cuda.synchronize(run.device)      # its work is RAFT's, not the TAE's
                 seconds["flow"] += time.time() - clock
                 clock = time.time()
                 with torch.no_grad(), autocast(run.device, run.args.precision):
@@ -1232,7 +1240,7 @@ def dry_run(args):
         ("tokens a clip, of text", "", preset.dit.max_bytes // FOLD),
         ("FLOPs a clip, forward", "T", F_forward / 1e12),
         ("FLOPs a clip, training step", "T", *(flops / 1e12 for flops in training)),
-        ("FLOPs a clip, encoding (and RAFT)", "T", 2 * F_encode / 1e12),
+        ("FLOPs a clip, encoding it and its flow", "T", 2 * F_encode / 1e12),
         *((name, "GB", size / 1e9) for name, size in memory.items()),
         (f"  activations of {clips} clips", "GB", *(clips * size / 1e9 for size in kept)),
         ("  in all", "GB", *((sum(memory.values()) + clips * size) / 1e9 for size in kept)),

@@ -1,5 +1,6 @@
 """VideoJAM: Joint Appearance-Motion Representations for Enhanced Motion Generation in Video Models
-(Chefer et al., 2025), in the order of the paper. Read it with the paper in hand:
+(Chefer et al., 2025), section by section; the network (Eq. 4) stands before its objective
+(Eq. 1-3). Read it with the paper in hand:
 
     App. C    TAE, the space that the model works in      Sec. 4.2  motion rows, joint loss (Eq. 6)
     App. C    text encoder                                Sec. 4.3  Inner-Guidance (Eq. 7-8), App. A
@@ -22,7 +23,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from flow import ROOT, autocast, cpu_capabilities, read_file, write_tensors
+from flow import ROOT, autocast, cpu_capabilities, one_line, read_file, write_tensors
 
 # ---------------------------------------------------------------- App. C: TAE (Movie Gen's)
 
@@ -45,7 +46,7 @@ class SpaceTimeConv(nn.Module):
     """A 3 x 3 convolution in space, then one of 3 taps in time, on (B, T, H, W, C).
     Channels come last, so both are 2D convolutions on views of one buffer. Both start as a centre
     tap: in time the identity (an image model at first, as in Movie Gen), in space a rotation of the
-    channels. With random taps sprites were missing after 1,000 steps (after 150: 18 for 24 dB)."""
+    channels. With random taps sprites were missing after 1,000 steps (18 dB after 150, so 24)."""
     def __init__(self, c_in, c_out, stride=(1, 1)):
         super().__init__()
         time, space = stride
@@ -247,15 +248,21 @@ def token_row(prompt, max_bytes):
 def tokenize(prompts, max_bytes=None):
     """List of str -> LongTensor (B, L): UTF-8 bytes + 1, then END, then PAD up to the longest. The
     null prompt "" is END alone. Prompts of more than max_bytes are cut at a character's end.
+    ValueError for a str: it would be taken for a list of its characters.
 
     PAD also fills up after each space, so that words begin at multiples of FOLD: a word is folded
     alike wherever it stands. The toy learns to move as named much sooner."""
+    if isinstance(prompts, str):
+        raise ValueError(f"prompts must be a list of str, got {prompts!r}")
     rows = [token_row(prompt, max_bytes) for prompt in prompts]
     return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
 
 
 def null_text(y):
-    """The null prompt in the shape of the tokens y: END, then PAD."""
+    """The null prompt in the shape of the tokens y: END, then PAD. ValueError where y is not tokens
+    but another model's text, of which only the caller knows the null."""
+    if y.is_floating_point():
+        raise ValueError("null must be given where y is not our tokens")
     null = torch.full_like(y, PAD)
     null[:, 0] = END
     return null
@@ -744,7 +751,7 @@ def read_bundle(path):
             dit.load_state_dict(content["dits"][name], assign=True)
     except Exception as error:                          # whatever a foreign file leads to
         raise ValueError(f"{path}: does not fit this version: "
-                         f"{' '.join(str(error).split())[:200]}") from None
+                         f"{one_line(error)}") from None
     return config, tae, dits
 
 

@@ -175,9 +175,9 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_compiled_blocks_have_the_gradients_of_plain_ones(device):
     """In the dtype and the widths that `train.py` takes here: a compiler's mistakes depend on both,
     and on the CPU."""
-    config = dataclasses.replace(PRESETS["toy"].dit, depth=1, text_depth=1)
-    x1, y = torch.randn(4, 16, 4, 8, 8), tokenize(["a red square moves left", "", "a", "a star"])
-    x1, y, gradients = x1.to(device), y.to(device), []
+    preset, y = PRESETS["toy"], tokenize(["a red square moves left", "", "a", "a star"])
+    config = dataclasses.replace(preset.dit, depth=1, text_depth=1)
+    x1, y, gradients = torch.randn(4, *preset.latent_shape()).to(device), y.to(device), []
     for compiled in (False, True):
         dit = randomised(DiT(config), std=.05).to(device)
         if compiled:

@@ -470,6 +470,13 @@ def test_interrupted_raft_training_ends_as_the_uninterrupted_to_the_bit(tmp_path
     assert not (tmp_path / "new").exists()
 
 
+def test_raft_training_that_is_no_longer_finite_ends(tmp_path, monkeypatch):
+    frame = torch.zeros(1, 3, 64, 64)
+    monkeypatch.setattr(script, "training_pairs", lambda *_: (frame / 0, frame, frame[:, :2]))
+    with pytest.raises(ValueError, match="10 steps in a row are not finite, up to step 10: take"):
+        script.train_raft(tmp_path / "run", steps=20, batch=1, iters=1)
+
+
 # ---------------------------------------------------------------- files
 
 

@@ -279,6 +279,36 @@ def test_a_clusters_sigterm_ends_the_step_too(finished, tmp_path, run, quick, mo
     assert checkpoint(out, "jam")["step"] == 2 and signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.parametrize("apart", (0, 9))
+def test_a_second_ctrl_c_waits_for_nothing_unless_it_is_torchruns_echo(
+        finished, tmp_path, run, quick, monkeypatch, apart):
+    out, clock = begun(finished, tmp_path / "run", "jam"), train.time.time
+
+    def twice():
+        ctrl_c()
+        monkeypatch.setattr(train.time, "time", lambda: clock() + apart)
+        ctrl_c()
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    breaks_at(monkeypatch, train, "squared_errors", 2, twice)
+    code, _, err = run(train.main, *flags(out, "--stage", "jam"))
+    assert (code, "stopped at step 2" in err) == ((130, False) if apart else (2, True))
+
+
+def test_without_flags_a_stage_goes_on_as_it_was_begun_and_the_control_is_jams(finished, tmp_path,
+                                                                               run, quick):
+    out = begun(finished, tmp_path / "run", "jam")
+    own = "--steps", "2", "--lr", "2e-3", "--batch", "2"
+    assert run(train.main, *flags(out, "--stage", "jam", *own))[0] == 0
+    assert run(train.main, *flags(out, "--stage", "control"))[0] == 0
+    assert {key: checkpoint(out, "control")[key] for key in ("step", "lr", "batch")} == {
+        "step": 2, "lr": 2e-3, "batch": 2}
+    assert run(train.main, *flags(out))[0] == 0         # no fewer steps than by default
+    for stage in ("jam", "control"):
+        assert (checkpoint(out, stage)["step"], checkpoint(out, stage)["lr"]) == (3, 2e-3)
+    VideoJAM.load(out / "model.pt", "control")
+
+
 def test_a_stage_that_is_done_is_left_alone_and_can_be_made_longer(finished, tmp_path, run, quick):
     out = tmp_path / "run"
     shutil.copytree(finished, out)

@@ -158,6 +158,10 @@ def test_tokens_are_bytes_plus_one_then_end_then_padding():
         [98, 33, PAD, PAD, 115, 102, 101, 0xc3 + 1, 0xa9 + 1, 33, PAD, PAD, 99, 33, PAD, PAD, END],
         [33, PAD, PAD, PAD, 100, END] + [PAD] * 11]         # words begin at multiples of four
     assert null_text(tokenize(["aé", ""])).tolist() == tokenize(["", "abc"])[:1].tolist() * 2
+    with pytest.raises(ValueError, match="must be a list of str, got 'a star'"):
+        tokenize("a star")
+    with pytest.raises(ValueError, match="null must be given"):         # of another model's text
+        null_text(torch.randn(2, 5))
 
 
 @pytest.mark.parametrize("prompt, limit, kept", [
