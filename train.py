@@ -61,7 +61,7 @@ STAGES = ("tae", "encode", "base", "jam", "control")
 # sprite world, or at most of each video, and its batch is a GPU's. The control has jam's row; the
 # paper's fine-tuning is 50,000 x 32 (4b) and 35,000 x 256 (30b) at 5e-6
 DEFAULTS = {
-    "toy": {"tae": (600, 1e-3, 4), "encode": (6144, 0, 32), "base": (2200, 4.5e-3, 64),
+    "toy": {"tae": (800, 1e-3, 4), "encode": (6144, 0, 32), "base": (2200, 4.5e-3, 64),
             "jam": (700, 3e-3, 64)},            # (base's batch: its compiled code serves again)
     "small": {"tae": (50_000, 3e-4, 8), "encode": (64, 0, 8), "base": (200_000, 2e-4, 64),
               "jam": (20_000, 5e-5, 64)},

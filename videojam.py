@@ -715,8 +715,8 @@ class Preset:
 
 PRESETS = {
     # what two CPU cores train in minutes: pixels folded 4 x 4, so that no convolution sees them all
-    "toy": Preset(16, 64, 8, TAEConfig(16, 4, (48, 96, 96), ((2, 2), (2, 1)), 1),
-                  DiTConfig(16, 2, 192, 6, 3, 384, 96, 2, 192)),
+    "toy": Preset(16, 64, 8, TAEConfig(8, 4, (48, 96, 96), ((2, 2), (2, 1)), 1),
+                  DiTConfig(8, 2, 224, 4, 4, 448, 96, 2, 192)),
     # one GPU, own videos: 151 M parameters
     "small": Preset(48, 128, 12, TAEConfig(16, 1, (64, 128, 256, 256)),
                     DiTConfig(16, 2, 768, 16, 12, 1536, 768, 2)),

@@ -591,7 +591,7 @@ def test_sampler_takes_models_without_motion():
 
 
 @pytest.mark.parametrize("name, count, latents", [
-    ("toy", "3.5M", (16, 4, 8, 8)), ("small", "151M", (16, 6, 16, 16)),
+    ("toy", "3.3M", (8, 4, 8, 8)), ("small", "151M", (16, 6, 16, 16)),
     ("4b", "4.2B", (16, 16, 32, 32)), ("30b", "29B", (16, 16, 32, 32))])
 def test_the_sizes_of_the_presets_on_the_meta_device(name, count, latents):
     config = PRESETS[name]
