@@ -210,6 +210,9 @@ def autocast(device, dtype=None):
 
 # ---------------------------------------------------------------- an optimizer for matrices
 
+BAD_STEPS = 10                          # so many not finite in a row end a training
+
+
 def orthogonalized(matrices):
     """Matrices (n, rows, columns) with the same singular vectors, but singular values of about 1
     (.7 to 1.2; those far below the largest stay smaller): X <- a X + (b A + c A^2) X, A = X X^T,
@@ -1060,9 +1063,9 @@ def train_raft(out="runs/raft", steps=20_000, batch=8, lr=4e-4, weights=None, im
             adamw.step()
             muon.step()
             bad = 0
-        if bad == 10:
-            raise ValueError(f"{out}: 10 steps in a row are not finite, up to step {step + 1}: "
-                             f"take a smaller --lr and another --out")
+        if bad == BAD_STEPS:
+            raise ValueError(f"{out}: {BAD_STEPS} steps in a row are not finite, up to step "
+                             f"{step + 1}: take a smaller --lr and another --out")
         if (step + 1) % every == 0 or step + 1 == steps:
             write_tensors(out / "raft.pt", {k: v.half() for k, v in raft.state_dict().items()})
             write_tensors(out / "state.pt", {           # last: with it the step is done

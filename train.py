@@ -49,9 +49,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from flow import (HELD_OUT, RAFT, autocast, device_of, estimate_flow, fast_dtype, flow_to_rgb,
-                  grid, one_line, optimizers, read_file, refuse_changes, report_errors,
-                  sprite_clips, write_file, write_tensors, write_text, write_video)
+from flow import (BAD_STEPS, HELD_OUT, RAFT, autocast, device_of, estimate_flow, fast_dtype,
+                  flow_to_rgb, grid, one_line, optimizers, read_file, refuse_changes,
+                  report_errors, sprite_clips, write_file, write_tensors, write_text, write_video)
 from videojam import (FOLD, PAD, PRESETS, TAE, DiT, VideoJAM, corrupted, cut, initialize,
                       read_bundle, set_recompute, squared_errors, tae_loss, token_row, tokenize,
                       widen)
@@ -77,7 +77,6 @@ CHUNK = 32                              # clips of a batch noised at once, thoug
 BASIS_CLIPS = 256                       # that the TAE's basis is fitted on
 CHECKPOINT_SECONDS = 60                 # between two; or 20 times what one takes to write
 T_BINS = 5                              # losses are reported apart for t in [0, .2), [.2, .4), ...
-BAD_STEPS = 10                          # so many not finite in a row end the run
 
 
 # ---------------------------------------------------------------- one process, or torchrun's
@@ -603,7 +602,7 @@ class Run:
         """The folder and the status of a stage's last complete checkpoint, or two None."""
         for path in sorted((self.out / "checkpoints").glob(f"{stage}-*"), reverse=True):
             if complete(path):
-                return path, read_json(path / "status.json", "step", "of")
+                return path, read_json(path / "status.json", "step", "of", "lr", "batch")
         return None, None
 
     def refuse_lag(self):

@@ -352,6 +352,8 @@ def test_a_stage_that_was_stopped_is_refused_by_the_next_and_not_exported(
     status.write_text(json.dumps({**json.loads(whole), "of": 9}))
     complaint = refuses(train.main, *flags(out, "--stage", "jam"))
     assert "base stopped at step 3 of 9, finish it first with --stage base" in complaint
+    status.write_text(whole.replace('"lr"', '"l"'))
+    assert "status.json: damaged" in refuses(train.main, *flags(out, "--stage", "base"))
     status.write_text(whole)
     stopped = shutil.copytree(checkpoints(finished, "control")[-1],
                               out / "checkpoints/control-000000003") / "status.json"
