@@ -28,8 +28,9 @@ CLIPS = ROOT.parent / "shared/clips"
 @pytest.mark.parametrize("dtype, tolerance", ((torch.bfloat16, 1e-6), (torch.float32, .02)))
 @pytest.mark.parametrize("shape", ((12, 40), (40, 12), (24, 24)))
 def test_muon_is_torchs(shape, dtype, tolerance, monkeypatch):
-    """torch's works in bf16 whatever the device; ours in what is fast there."""
+    """torch's works in bf16 whatever the device; ours in what is fast there. With its polynomial."""
     monkeypatch.setattr(script, "fast_dtype", lambda device: dtype)
+    monkeypatch.setattr(script, "POLAR", ((3.4445, -4.7750, 2.0315),) * 5)
     start = torch.randn(shape)
     ours, theirs = start.clone().requires_grad_(), start.clone().requires_grad_()
     optimizers = (script.Muon([ours], .01), torch.optim.Muon(
@@ -39,6 +40,24 @@ def test_muon_is_torchs(shape, dtype, tolerance, monkeypatch):
         for optimizer in optimizers:
             optimizer.step()
     assert (ours - theirs).norm() <= tolerance * (theirs - start).norm()
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
+@pytest.mark.parametrize("values", (
+    torch.logspace(0, -4, 96), torch.tensor([1.] + [0.] * 95), torch.tensor([1.] + [.004] * 95),
+    torch.ones(96)), ids=("of all sizes", "rank 1", "one large", "equal"))
+def test_orthogonalized_keeps_singular_vectors_and_evens_out_the_values(values, dtype, monkeypatch):
+    monkeypatch.setattr(script, "fast_dtype", lambda device: dtype)
+    U, V = torch.linalg.qr(torch.randn(96, 96))[0], torch.linalg.qr(torch.randn(200, 96))[0]
+    matrix = 7 * (U * values) @ V.T
+    for given, left, right in ((matrix, U, V), (matrix.T, V, U)):
+        result = script.orthogonalized(given[None])[0].float()
+        diagonal = (left.T @ result @ right).diagonal()
+        large = values / values.norm() >= .003
+        assert ((diagonal[large] > .76) & (diagonal[large] < 1.24)).all(), diagonal
+        assert (diagonal[~large].abs() < .82).all()
+        others = torch.linalg.matrix_norm(result - (left * diagonal) @ right.T, 2)
+        assert others < (.3 if dtype == torch.bfloat16 else .001)
 
 
 def test_muon_takes_kernels_as_matrices_in_either_memory_format():
