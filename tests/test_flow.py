@@ -2,6 +2,8 @@
 import importlib
 import math
 import os
+import platform
+import subprocess
 import sys
 import types
 import zlib
@@ -58,6 +60,21 @@ def test_orthogonalized_keeps_singular_vectors_and_evens_out_the_values(values, 
         assert (diagonal[~large].abs() < .82).all()
         others = torch.linalg.matrix_norm(result - (left * diagonal) @ right.T, 2)
         assert others < (.3 if dtype == torch.bfloat16 else .001)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's malloc")
+def test_what_is_freed_is_not_asked_for_again():
+    code = """if 1:
+        import resource, torch, flow
+        flow.device_of("cpu")
+        faults = []
+        for _ in range(6):
+            tensors = [torch.ones(2 ** 22) for _ in range(16)]      # 16 MB each
+            del tensors
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+        print(faults[1] - faults[0], faults[-1] - faults[2])"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert int(run.stdout.split()[1]) < 6000, run.stdout + run.stderr  # 200,000 without
 
 
 def test_muon_takes_kernels_as_matrices_in_either_memory_format():
