@@ -1044,7 +1044,7 @@ def train_raft(out="runs/raft", steps=20_000, batch=8, lr=4e-4, weights=None, im
     images: a folder of photographs that become textures; seed: of the pairs, so that a training
     that begins from another's weights need not see the same ones. Writes out/state.pt (to resume),
     out/raft.pt (fp16 weights) and out/preview.png (see `validate`) every `every` steps."""
-    out, device = Path(out), "cuda" if torch.cuda.is_available() else "cpu"
+    out, device = Path(out), device_of(None)
     photos = read_photos(images) if images else ()
     torch.manual_seed(0)
     raft = RAFT.load(weights) if weights else RAFT()
@@ -1239,7 +1239,7 @@ def main():
     if args.out is not None:
         raise ValueError("--out is the folder of --train; flow is written beside its video")
     raft = RAFT.load(args.weights or ROOT / "weights/raft.pt")
-    raft.to("cuda" if torch.cuda.is_available() else "cpu")
+    raft.to(device_of(None))
     if args.eval is not None:
         evaluate(raft, args.eval)
     else:
