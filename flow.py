@@ -172,8 +172,8 @@ def read_file(path, kind):
 
 def keep_memory():
     """Has glibc's malloc keep what is freed. It would give large blocks back to the system, and
-    each step of a training on a CPU would ask for them again, page by page: up to 27,000 page
-    faults, a fifth of the toy's time. (Where there is another malloc, nothing happens.)"""
+    each step of a training on a CPU would ask for them again, page by page: 27,000 page
+    faults and more, a fifth of the toy's time. (Where there is another malloc, nothing happens.)"""
     with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = ctypes.CDLL(None).mallopt, -1, -3
         mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
