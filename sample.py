@@ -47,6 +47,8 @@ def read_prompts(args):
     prompts = args.prompt + (read_lines(args.prompts) if args.prompts else [])
     if not prompts:
         raise ValueError('no prompt: try "a red square moves left"')
+    if files := [prompt for prompt in args.prompt if os.path.isfile(prompt)]:
+        raise ValueError(f"{files[0]}: a file, not a prompt: --prompts {files[0]} takes its lines")
     if any("\ud800" <= character <= "\udfff" for character in "".join(prompts)):
         raise ValueError("a prompt is not UTF-8")
     return prompts

@@ -158,6 +158,7 @@ def test_a_prompt_that_is_too_long_is_said_and_cut_between_characters(draw, bund
     ((PROMPT, "--device", "meta"), "--device meta: no such device"),
     ((PROMPT, "--run", ""), "model.pt: no such file"), ((PROMPT, "--seed", 2 ** 64), "--seed must"),
     ((PROMPT, "--w1", "nan"), "not finite"), (("\udce9",), "not UTF-8"),
+    (("empty.txt",), "empty.txt: a file, not a prompt: --prompts empty.txt takes its lines"),
     ((PROMPT, "--n", 0), "--n"), ((PROMPT, "--upscale", 0), "--upscale"),
     ((PROMPT, "--out", "nowhere/a.mp4"), "nowhere"),
     ((PROMPT, "--out", "empty.txt/a.mp4"), "empty.txt"),
