@@ -33,8 +33,8 @@ from imageio_ffmpeg import read_frames
 from torch import nn
 from tqdm import tqdm
 
-from flow import (COLOURS, DIRECTIONS, HELD_OUT, RAFT, SHAPES, TRAVEL, TURNS, autocast, bouncing,
-                  device_of, estimate_flow, fast_dtype, flow_to_rgb, grid, optimizers,
+from flow import (COLOURS, DIRECTIONS, HELD_OUT, RAFT, SHAPES, TRAVEL, TURNS, Parser, autocast,
+                  bouncing, device_of, estimate_flow, fast_dtype, flow_to_rgb, grid, optimizers,
                   out_of_memory, read_lines, report_errors, rgb_to_flow, signed_distance,
                   sprite_clips, sprite_scene, write_text, write_video)
 from train import SUFFIXES, can_compile, flops_of, preset_of, recomputes
@@ -1017,8 +1017,8 @@ BY_ITSELF = {"metrics": metrics, "generate": generate, "rate": rate, "votes": vo
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.
-                                     RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", nargs="?", help="default: all, and speed",
                         choices=[*EXPERIMENTS, *BY_ITSELF])
     parser.add_argument("paths", nargs="*", help="of metrics, generate, rate and votes")

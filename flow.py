@@ -44,6 +44,12 @@ def one_line(error):
     return " ".join(str(error).split())[:200]
 
 
+class Parser(argparse.ArgumentParser):
+    """A flag that is wrong is bad input like any other: one line, by `report_errors`."""
+    def error(self, message):
+        raise ValueError(f"{message} (-h shows all flags)")
+
+
 def report_errors(main):
     """Runs a script's main. Bad input, a ValueError, a file that cannot be read or written, or too
     little memory ends as one line on stderr and exit code 2, Ctrl-C as one line and a shell's
@@ -1212,7 +1218,7 @@ def render_flow(raft, path, chunk=16):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("video", nargs="?", help="write its flow beside it")
     what.add_argument("--train", action="store_true", help="train RAFT, or resume")

@@ -7,7 +7,6 @@
 One file a sample, numbered where there are several. With --compare, the base model (classifier-free
 guidance) stands on the left and VideoJAM on the right, from the same noise.
 """
-import argparse
 import os
 import re
 import time
@@ -15,12 +14,12 @@ from pathlib import Path
 
 import torch
 
-from flow import device_of, grid, read_lines, report_errors, write_video
+from flow import Parser, device_of, grid, read_lines, report_errors, write_video
 from videojam import GUIDANCE, VideoJAM, cut, say_cut, weights_of
 
 
 def parse():
-    parser = argparse.ArgumentParser(description="Samples videos (and their motion) from prompts.")
+    parser = Parser(description="Samples videos (and their motion) from prompts.")
     parser.add_argument("prompt", nargs="*", help="what a video shows; several make several videos")
     parser.add_argument("--prompts", metavar="FILE", help="a text file of prompts, one a line")
     parser.add_argument("--run", help="folder of a training run; default: the shipped weights")
@@ -87,9 +86,9 @@ def main():
     device = device_of(args.device)
     model = VideoJAM.load(weights, args.which, device)
     base = VideoJAM.load(weights, "base", device) if args.compare else None
-    files = output_files(args, prompts)
     if args.motion and not model.dit.config.motion:
         raise ValueError(f"--motion: the {args.which} model predicts no motion")
+    files = output_files(args, prompts)
     say_cut(prompts, model.config.dit.max_bytes)
     began, prompts = time.time(), [prompt for prompt in prompts for _ in range(args.n)]
     for start in range(0, len(prompts), 16):            # written as they come
@@ -99,7 +98,8 @@ def main():
         video, motion = model.generate(some, mode=args.guidance, progress=args.which, **options)
         shown = [video, motion] if args.motion else [video]
         if args.compare:
-            shown.insert(0, base.generate(some, progress="base", **options)[0])
+            plain = args.guidance if args.guidance in ("none", "cfg") else None
+            shown.insert(0, base.generate(some, mode=plain, progress="base", **options)[0])
         for path, prompt, *parts in zip(files[start:], some, *shown):
             write_video(path, grid(torch.stack(parts)), model.config.fps, args.upscale)
             print(f"{path}: {prompt!r}")

@@ -49,8 +49,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from flow import (BAD_STEPS, HELD_OUT, RAFT, autocast, device_of, estimate_flow, fast_dtype,
-                  flow_to_rgb, grid, one_line, optimizers, read_file, refuse_changes,
+from flow import (BAD_STEPS, HELD_OUT, RAFT, Parser, autocast, device_of, estimate_flow,
+                  fast_dtype, flow_to_rgb, grid, one_line, optimizers, read_file, refuse_changes,
                   report_errors, sprite_clips, write_file, write_tensors, write_text, write_video)
 from videojam import (FOLD, PAD, PRESETS, TAE, DiT, VideoJAM, corrupted, cut, initialize,
                       read_bundle, set_recompute, squared_errors, tae_loss, token_row, tokenize,
@@ -510,6 +510,8 @@ class Run:
         has_tae = args.init or (self.out / "tae.pt").exists()
         for stage in [args.stage] if args.stage else STAGES[2 * bool(has_tae):]:
             self.setting(stage)                 # hours before it is needed
+        if not has_tae and args.stage not in (None, "tae"):     # nor is a mistyped --out made
+            raise ValueError(f"{self.out}: has no tae yet, run --stage tae first")
         settings = {"version": VERSION, "preset": args.preset, "data": args.data,
                     "flow": args.flow, "rich": args.rich, "seed": args.seed,
                     **json.loads(json.dumps(dataclasses.asdict(self.preset)))}
@@ -955,7 +957,11 @@ def train_tae(run):
     given = read_file(kept, "tae")["origin"] if kept.exists() else None
     if given and (run.last("tae")[1] is None or given.startswith("--init")):
         return say("tae: it is there already")
-    (_, _, batch), world = run.setting("tae"), run.world    # opened here, not in a reading thread
+    (steps, _, batch), done = run.setting("tae"), run.last("tae")[1]
+    if (run.out / "latents/manifest.json").exists() and steps > (done["step"] if done else 0):
+        raise ValueError(f"{run.out}: its latents are of the TAE as it is, which {steps} steps "
+                         f"would change: name another --stage, or take another --out")
+    world = run.world                                       # opened here, not in a reading thread
     torch.manual_seed(run.args.seed)
     tae = set_recompute(TAE(run.preset.tae), run.args.recompute)
 
@@ -1261,7 +1267,7 @@ def dry_run(args):
 # ---------------------------------------------------------------- command line
 
 def parse():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--preset", default="toy", help=f"one of {', '.join(PRESETS)}")
     parser.add_argument("--data", help="folder of videos and captions; default: the sprite world")
     parser.add_argument("--out", help="folder of the run; default: runs/PRESET, or runs/DATA")

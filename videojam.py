@@ -761,7 +761,9 @@ class VideoJAM:
         self.config, self.tae, self.dit, self.which = config, tae.eval(), dit.eval(), which
 
     def save(self, path, **others):
-        """Writes one file: config, TAE, this DiT and the `others` (name=DiT), in half precision."""
+        """Writes one file: config, TAE, this DiT and the `others` (name=DiT), in half precision:
+        what is loaded, and saved again, gives the same videos to the bit, weights of fp32 are
+        rounded."""
         def half(module):
             return {k: v.detach().half().contiguous() for k, v in module.state_dict().items()}
         dits, config = {self.which: self.dit, **others}, dataclasses.asdict(self.config)

@@ -184,6 +184,15 @@ def test_flow_of_a_spinning_sprite_is_its_rotation_pixel_by_pixel():
             assert abs(complex(u, v) - moved) < 1e-3
 
 
+@pytest.mark.parametrize("kind", ("move", "zigzag", "orbit", "fall", "collide"))
+def test_flow_of_a_sprite_that_does_not_turn_is_its_step(kind):
+    for seed in seeds_of(kind, 3):
+        _, flow, _, scene = sprite_clip(seed, 12, 32, rich=0.)
+        for path in (sprite["path"] for sprite in scene["sprites"]):
+            for k, (x, y) in enumerate(path[:-1, :2].astype(int)):
+                np.testing.assert_allclose(flow[k, :, y, x], (path[k + 1] - path[k])[:2], atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ("move", "zigzag", "spin", "orbit"))
 def test_captions_name_the_direction_that_one_sees(kind):
     for seed in seeds_of(kind, 12):
@@ -421,7 +430,7 @@ def test_shipped_raft_is_right_on_sprites():
     video, flow, _, _ = sprite_clips(range(HELD_OUT + 100, HELD_OUT + 112))
     error = (estimate_flow(RAFT.load(), video[:, 6:8])[:, 0] - flow[:, 6]).norm(dim=1)
     assert error.median() < .1                                  # of all pixels; most stand still
-    assert error[flow[:, 6].norm(dim=1) > .05].median() < .8    # of those that move (still: 1.9)
+    assert error[flow[:, 6].norm(dim=1) > .05].median() < .45   # of those that move (still: 1.9)
 
 
 def test_training_scenes_have_exact_flow():

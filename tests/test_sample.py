@@ -90,6 +90,14 @@ def test_motion_and_compare_stand_beside_the_video_from_the_same_noise(draw, bun
         assert torch.equal(picture, beside(*(part[0] for part in shown))), flags
 
 
+def test_what_is_compared_has_the_same_guidance_where_it_needs_no_motion(draw, bundle):
+    for mode, of_base in (("none", "none"), ("cfg", "cfg"), ("ip2p", None)):
+        shown = [generated(bundle, [PROMPT], which, mode=guidance)[0][0]
+                 for which, guidance in (("base", of_base), ("jam", mode))]
+        picture = only(draw(PROMPT, "--compare", "--guidance", mode)[0])
+        assert torch.equal(picture, beside(*shown)), mode
+
+
 def test_a_name_may_look_like_an_address_to_ffmpeg(run, bundle, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, _, err = run(sample.main, PROMPT, "--run", bundle, "--steps", 1, "--out", "12:30.mp4")
@@ -159,6 +167,7 @@ def test_a_prompt_that_is_too_long_is_said_and_cut_between_characters(draw, bund
     ((PROMPT, "--run", ""), "model.pt: no such file"), ((PROMPT, "--seed", 2 ** 64), "--seed must"),
     ((PROMPT, "--w1", "nan"), "not finite"), (("\udce9",), "not UTF-8"),
     (("empty.txt",), "empty.txt: a file, not a prompt: --prompts empty.txt takes its lines"),
+    ((PROMPT, "--guidance", "more"), "--guidance: invalid choice: 'more'"),
     ((PROMPT, "--n", 0), "--n"), ((PROMPT, "--upscale", 0), "--upscale"),
     ((PROMPT, "--out", "nowhere/a.mp4"), "nowhere"),
     ((PROMPT, "--out", "empty.txt/a.mp4"), "empty.txt"),

@@ -798,7 +798,7 @@ def test_bad_flags_are_one_line_and_leave_no_run_folder(tmp_path, refuses, flag,
     (("--seed", 1), "begun with seed 0, not 1"), (("--rich", .7), "begun with rich 0.2, not 0.7"),
     (("--sigma", .3), "begun with sigma 0.15, not 0.3"),
     (("--data", str(CLIPS)), "begun with data None"),
-    (("--stage", "tae", "--lr", .5, "--steps", 9), "begun with lr 0.001, not 0.5"),
+    (("--stage", "base", "--lr", .5, "--steps", 9), "begun with lr 0.001, not 0.5"),
     (("--stage", "jam", "--batch", 2, "--steps", 9), "begun with batch 4, not 2"),
     (("--stage", "jam", "--uniform-t", "--steps", 9), "begun with uniform_t False, not True"),
     (("--stage", "jam", "--t-shift", "2", "--steps", 9), "begun with t_shift 1.0, not 2.0")])
@@ -810,13 +810,28 @@ def test_a_run_folder_of_other_settings_is_refused_and_left_as_it_was(finished, 
 
 
 def test_stages_say_what_they_lack(tmp_path, refuses):
-    for stage, lacking in (("encode", "tae"), ("base", "latents"), ("jam", "base")):
+    for stage in ("encode", "base", "jam", "control"):
+        complaint = refuses(train.main, *flags(tmp_path / stage, "--stage", stage))
+        assert "has no tae yet, run --stage tae first" in complaint
+    assert not list(tmp_path.iterdir())
+    for stage, lacking in (("base", "latents"), ("jam", "base")):
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "tae.pt").touch()
         complaint = refuses(train.main, *flags(tmp_path / stage, "--stage", stage))
         assert f"has no {lacking} yet, run --stage" in complaint
+    (tmp_path / "jam/tae.pt").unlink()
     refuses(train.main, *flags(tmp_path / "jam", "--stage", "base", "--seed", 3))   # holds nothing
     (tmp_path / "file").write_text("")
     assert "file/run/previews: Not a directory" in refuses(
         train.main, *flags(tmp_path / "file/run"))
+
+
+def test_a_tae_is_not_trained_further_under_its_latents(finished, refuses):
+    before = content(finished)
+    for stage in ((), ("--stage", "tae")):
+        assert "its latents are of the TAE as it is, which 9 steps would change" in refuses(
+            train.main, *flags(finished), *stage, "--steps", 9)
+    assert content(finished) == before
 
 
 def test_damaged_files_and_latents_of_another_tae_are_refused(finished, tmp_path, refuses):
