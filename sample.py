@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from flow import Parser, device_of, grid, read_lines, report_errors, write_video
-from videojam import GUIDANCE, VideoJAM, cut, say_cut, weights_of
+from videojam import GUIDANCE, WITHOUT_MOTION, VideoJAM, cut, say_cut, weights_of
 
 
 def parse():
@@ -46,8 +46,9 @@ def read_prompts(args):
     prompts = args.prompt + (read_lines(args.prompts) if args.prompts else [])
     if not prompts:
         raise ValueError('no prompt: try "a red square moves left"')
-    if files := [prompt for prompt in args.prompt if os.path.isfile(prompt)]:
-        raise ValueError(f"{files[0]}: a file, not a prompt: --prompts {files[0]} takes its lines")
+    for prompt in args.prompt:
+        if os.path.isfile(prompt):
+            raise ValueError(f"{prompt}: a file, not a prompt: --prompts {prompt} takes its lines")
     if any("\ud800" <= character <= "\udfff" for character in "".join(prompts)):
         raise ValueError("a prompt is not UTF-8")
     return prompts
@@ -98,7 +99,7 @@ def main():
         video, motion = model.generate(some, mode=args.guidance, progress=args.which, **options)
         shown = [video, motion] if args.motion else [video]
         if args.compare:
-            plain = args.guidance if args.guidance in ("none", "cfg") else None
+            plain = args.guidance if args.guidance in WITHOUT_MOTION else None
             shown.insert(0, base.generate(some, mode=plain, progress="base", **options)[0])
         for path, prompt, *parts in zip(files[start:], some, *shown):
             write_video(path, grid(torch.stack(parts)), model.config.fps, args.upscale)

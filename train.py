@@ -584,8 +584,6 @@ class Run:
     def tae(self):
         """The run's TAE, eval mode, no gradients: the one that encoded its latents."""
         path = self.out / "tae.pt"
-        if not path.exists():
-            raise ValueError(f"{self.out}: has no tae yet, run --stage tae first")
         tae = TAE(self.preset.tae)
         try:
             tae.load_state_dict(read_file(path, "tae")["state"])

@@ -621,7 +621,8 @@ def joint_loss(model, x1, d1, y, null=None, **options):
 
 # ---------------------------------------------------------------- Sec. 4.3: guidance (Eq. 7-8)
 
-GUIDANCE = ("inner", "cfg", "none", "ip2p", "composable")
+WITHOUT_MOTION = ("cfg", "none")
+GUIDANCE = ("inner", *WITHOUT_MOTION, "ip2p", "composable")
 
 
 def guidance_terms(mode, w1, w2):
@@ -645,7 +646,7 @@ def guided_velocity(model, x, d, t, y, w1=5., w2=3., mode="inner", null=None):
     """The guided velocity of [x, d], each (B, C, ...), at time t: u of 2C channels. All terms run
     in one batch, those of weight 0 not at all. d = None: a model without motion, cfg or none; u
     has C channels then."""
-    if d is None and mode not in ("cfg", "none"):
+    if d is None and mode not in WITHOUT_MOTION:
         raise ValueError(f"guidance {mode!r} needs motion: a model without it takes cfg or none")
     null = null_text(y) if null is None else null.expand_as(y)
     terms = [term for term in guidance_terms(mode, w1, w2) if term[0] != 0]

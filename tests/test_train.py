@@ -826,12 +826,16 @@ def test_stages_say_what_they_lack(tmp_path, refuses):
         train.main, *flags(tmp_path / "file/run"))
 
 
-def test_a_tae_is_not_trained_further_under_its_latents(finished, refuses):
+def test_a_tae_is_not_trained_further_under_its_latents(finished, tmp_path, refuses):
     before = content(finished)
     for stage in ((), ("--stage", "tae")):
         assert "its latents are of the TAE as it is, which 9 steps would change" in refuses(
             train.main, *flags(finished), *stage, "--steps", 9)
     assert content(finished) == before
+    out = tmp_path / "run"                      # without them it goes on, as it was begun
+    shutil.copytree(finished, out, ignore=shutil.ignore_patterns("latents"))
+    assert "begun with lr 0.001, not 0.5" in refuses(
+        train.main, *flags(out), "--stage", "tae", "--lr", .5, "--steps", 9)
 
 
 def test_damaged_files_and_latents_of_another_tae_are_refused(finished, tmp_path, refuses):
