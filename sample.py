@@ -4,8 +4,8 @@
     python sample.py "a blue star zigzags left" --motion --out star.gif
     python sample.py --prompts prompts.txt --n 4 --out samples.mp4 --run runs/toy
 
-One file a sample, numbered where there are several. With --compare, the base model (classifier-free
-guidance) stands on the left and VideoJAM on the right, from the same noise.
+One file per sample, numbered if there are several. With --compare the base model (classifier-free
+guidance) is on the left and VideoJAM on the right, from the same noise.
 """
 import os
 import re
@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from flow import Parser, device_of, grid, read_lines, report_errors, write_video
-from videojam import GUIDANCE, WITHOUT_MOTION, VideoJAM, cut, say_cut, weights_of
-
+from common import (Parser, device_of, grid, positive_int, read_lines, report_errors, seed,
+                    write_video)
+from videojam import GUIDANCE, VideoJAM, print_truncated, truncate, weights_path
 
 def parse():
     parser = Parser(description="Samples videos (and their motion) from prompts.")
@@ -26,21 +26,20 @@ def parse():
     parser.add_argument("--which", default="jam", choices=("jam", "base", "control"),
                         help="VideoJAM, its base model, or the base fine-tuned without motion")
     parser.add_argument("--out", help="file to write, .mp4 or .gif (default: outputs/PROMPT.mp4)")
-    parser.add_argument("--n", type=int, default=1, help="samples of each prompt")
-    parser.add_argument("--seed", type=int, default=0, help="of the first sample's noise")
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--emulated", type=int, default=1000, help="the schedule's first half goes "
-                        "as slowly as that of so many steps (default %(default)s)")
+    parser.add_argument("--n", type=positive_int, default=1, help="samples of each prompt")
+    parser.add_argument("--seed", type=seed, default=0, help="of the first sample's noise")
+    parser.add_argument("--steps", type=positive_int, default=100)
+    parser.add_argument("--emulated", type=positive_int, default=1000, help="the schedule's first "
+                        "half is as slow as that of so many steps (default %(default)s)")
     parser.add_argument("--w1", type=float, default=5, help="text guidance (default %(default)s)")
     parser.add_argument("--w2", type=float, default=3, help="motion guidance (default %(default)s)")
     parser.add_argument("--guidance", choices=GUIDANCE,
                         help="default: inner (Eq. 8), or cfg for a model without motion")
     parser.add_argument("--motion", action="store_true", help="show the predicted motion too")
     parser.add_argument("--compare", action="store_true", help="base model beside VideoJAM")
-    parser.add_argument("--upscale", type=int, help="enlarge by this (default: to about 256 px)")
+    parser.add_argument("--upscale", type=positive_int, help="enlarge by this (default: to about 256 px)")
     parser.add_argument("--device", help="default: a GPU if there is one")
     return parser.parse_args()
-
 
 def read_prompts(args):
     prompts = args.prompt + (read_lines(args.prompts) if args.prompts else [])
@@ -53,14 +52,13 @@ def read_prompts(args):
         raise ValueError("a prompt is not UTF-8")
     return prompts
 
-
 def output_files(args, prompts):
     """A path for each sample, in folders that can be written."""
     if args.out:
         first = Path(args.out)
     else:
-        # (a name holds 255 bytes)
-        name = cut(re.sub(r"[^\w]+", "-", prompts[0]).strip("-")[:60], 180) or "video"
+        # 180 bytes, because a file's name holds 255
+        name = truncate(re.sub(r"[^\w]+", "-", prompts[0]).strip("-")[:60], 180) or "video"
         first = Path("outputs") / f"{name}.mp4"
         first.parent.mkdir(exist_ok=True)
     if first.suffix not in (".mp4", ".gif"):
@@ -74,39 +72,33 @@ def output_files(args, prompts):
         return [first]
     return [first.with_stem(f"{first.stem}-{i:0{len(str(count - 1))}d}") for i in range(count)]
 
-
 def main():
     args = parse()
-    for name in ("n", "steps", "emulated", "upscale"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be positive, got {getattr(args, name)}")
-    if not abs(args.seed) < 2 ** 62:
-        raise ValueError(f"--seed must be below 2^62, got {args.seed}")
     prompts = read_prompts(args)
-    weights = weights_of(args)
+    weights = weights_path(args.run)
     device = device_of(args.device)
     model = VideoJAM.load(weights, args.which, device)
     base = VideoJAM.load(weights, "base", device) if args.compare else None
     if args.motion and not model.dit.config.motion:
         raise ValueError(f"--motion: the {args.which} model predicts no motion")
     files = output_files(args, prompts)
-    say_cut(prompts, model.config.dit.max_bytes)
+    print_truncated(prompts, model.config.dit.max_bytes)
     began, prompts = time.time(), [prompt for prompt in prompts for _ in range(args.n)]
-    for start in range(0, len(prompts), 16):            # written as they come
+    for start in range(0, len(prompts), 16):            # written as they are made
         some = prompts[start:start + 16]
         options = dict(steps=args.steps, w1=args.w1, w2=args.w2, seed=args.seed + start,
                        emulated=args.emulated)
         video, motion = model.generate(some, mode=args.guidance, progress=args.which, **options)
         shown = [video, motion] if args.motion else [video]
         if args.compare:
-            plain = args.guidance if args.guidance in WITHOUT_MOTION else None
-            shown.insert(0, base.generate(some, mode=plain, progress="base", **options)[0])
+            plain = args.guidance and not GUIDANCE[args.guidance].needs_motion
+            shown.insert(0, base.generate(some, mode=args.guidance if plain else None,
+                                          progress="base", **options)[0])
         for path, prompt, *parts in zip(files[start:], some, *shown):
             write_video(path, grid(torch.stack(parts)), model.config.fps, args.upscale)
             print(f"{path}: {prompt!r}")
     what = ["base"] * args.compare + [args.which] + ["its motion"] * args.motion
     print(f"{len(files)} of {' | '.join(what)} in {time.time() - began:.1f} s")
-
 
 if __name__ == "__main__":
     report_errors(main)

@@ -1,102 +1,32 @@
-"""What the tests share: a tiny model, and scripts run without a process of their own."""
-import ast
+"""What the tests share: a tiny preset, small videos, and scripts and runs of train.py."""
+import json
 import contextlib
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
+import imageio.v3 as iio
+import numpy as np
 import pytest
 import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)            # tiny tensors: more threads only wait for each other
 
-from flow import report_errors                                                      # noqa: E402
+from common import report_errors
 from videojam import TAE, DiT, DiTConfig, Preset, TAEConfig, VideoJAM               # noqa: E402
-
 
 def pytest_configure(config):
     """The suite is about the CPU's numbers, to the bit; a GPU's are endurance.py's."""
     if not any("endurance" in argument for argument in config.args):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-
-# The whole suite is run by two processes, one for each core: the second takes tests from the end,
-# the first from the beginning, until they meet. The second's reports reach the first by a file.
-SECOND = "VIDEOJAM_SECOND_PYTEST"       # where it finds the folder that they share
-
-
-def taken(items, folder):
-    """Those of the items that this process has to run."""
-    for i in reversed(range(len(items))) if SECOND in os.environ else range(len(items)):
-        with contextlib.suppress(FileExistsError):
-            (folder / str(i)).touch(exist_ok=False)
-            yield items[i]
-
-
-def pytest_runtestloop(session):
-    config, hook, second = session.config, session.config.hook, None
-    few, asked, ran = len(session.items) < 300, vars(config.option), set()
-    if few or session.testsfailed or asked["capture"] == "no" or any(map(asked.get, (
-            "usepdb", "basetemp", "collectonly", "maxfail", "stepwise", "numprocesses"))):
-        return None                                                 # pytest's own loop
-    folder = Path(os.environ.get(SECOND) or tempfile.mkdtemp())
-    # the longest ones at the end, where the second begins
-    items = sorted(session.items, key=lambda item: "two_processes" in item.name)
-    if SECOND not in os.environ:
-        (folder / "reports").touch()
-        second = subprocess.Popen(
-            [sys.executable, "-m", "pytest", *config.invocation_params.args],
-            cwd=config.invocation_params.dir, env={**os.environ, SECOND: str(folder)},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        run = taken(items, folder)
-        item = next(run, None)
-        while item:
-            following = next(run, None)
-            hook.pytest_runtest_protocol(item=item, nextitem=following)
-            ran.add(item.nodeid)
-            item = following
-            if session.shouldfail:
-                raise session.Failed(session.shouldfail)
-            if session.shouldstop:
-                raise session.Interrupted(session.shouldstop)
-        if second:
-            said = second.communicate()[0]
-            for line in (folder / "reports").read_text().splitlines():
-                report = hook.pytest_report_from_serializable(config=config,
-                                                              data=ast.literal_eval(line))
-                hook.pytest_runtest_logreport(report=report)
-                if report.when == "teardown":
-                    ran.add(report.nodeid)
-            if missing := {item.nodeid for item in items} - ran:
-                pytest.exit(f"the second pytest ended with {second.returncode}, without "
-                            f"{', '.join(sorted(missing))}:\n{said}", 2)
-    finally:
-        if second:
-            second.kill(), second.wait()
-            shutil.rmtree(folder)
-    return True
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item):
-    report = yield
-    if SECOND in os.environ:
-        data = item.config.hook.pytest_report_to_serializable(config=item.config, report=report)
-        with open(Path(os.environ[SECOND], "reports"), "a") as file:
-            print(ascii(data), file=file)
-    return report
-
-
 # 5 frames of 16 px -> latents (4, 3, 4, 4): the last latent frame covers one spurious video frame
 TINY = Preset(5, 16, 8, TAEConfig(4, 2, (8, 8), ((2, 2),), 1),
               DiTConfig(4, 2, 24, 2, 2, 32, 64, 1, max_bytes=24))
-
 
 def randomised(module, seed=0, std=.3):
     """Much of a model starts at zero, where a mistake is invisible: every parameter gets noise."""
@@ -106,20 +36,17 @@ def randomised(module, seed=0, std=.3):
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
     return module
 
-
 def tiny_dit(motion=True, seed=0):
     dit = DiT(TINY.dit)
     return randomised(dit.add_motion() if motion else dit, seed).eval()
 
-
 @pytest.fixture(scope="session")
-def bundle(tmp_path_factory):
+def model_folder(tmp_path_factory):
     """A run folder whose model.pt holds all three models of the tiny preset, untrained."""
     folder = tmp_path_factory.mktemp("run")
     jam = VideoJAM(TINY, randomised(TAE(TINY.tae)), tiny_dit())
     jam.save(folder / "model.pt", base=tiny_dit(False, 1), control=tiny_dit(False, 2))
     return folder
-
 
 @pytest.fixture
 def run(monkeypatch, capfd):
@@ -135,7 +62,6 @@ def run(monkeypatch, capfd):
         return code, *capfd.readouterr()
     return call
 
-
 @pytest.fixture
 def refuses(run):
     """refuses(main, "--flag", value): exit code 2, one line on stderr, which is returned."""
@@ -147,7 +73,6 @@ def refuses(run):
         return lines[0]
     return call
 
-
 class RunsCode:
     """Unpickling this makes a folder: the sign that a weights file could run code."""
 
@@ -156,7 +81,6 @@ class RunsCode:
 
     def __reduce__(self):
         return os.mkdir, (self.folder,)
-
 
 def bad_weights(folder, good):
     """{name: path} of files that are not weights; `good` is a file of weights to truncate."""
@@ -169,3 +93,67 @@ def bad_weights(folder, good):
     torch.save({"kind": "videojam", "config": RunsCode(folder / "ran")}, folder / "malicious")
     return [folder / name for name in ("missing", "truncated", "empty", "text", "foreign", "list",
                                        "malicious")]
+
+def ramp(frames, height=32, width=32):
+    """A video that gets brighter by 8 a frame, so that a frame's number can be read off it."""
+    return (np.arange(frames, dtype=np.uint8) * 8).repeat(height * width * 3).reshape(
+        frames, height, width, 3)
+
+def write_clip(path, frames, fps):
+    iio.imwrite(path, frames, plugin="FFMPEG", fps=fps, macro_block_size=2,
+                output_params=["-crf", "1"])
+
+# ---------------------------------------------------------------- runs of train.py
+
+def train_flags(out, *more):
+    """Flags of a run with the preset "tiny"."""
+    return ("--preset", "tiny", "--clutter", ".2", "--no-compile", "--device", "cpu", "--precision",
+            "fp32", "--out", str(out), *map(str, more))
+
+def train_command(processes, out, *more, steps=10, clips=32, torchrun=(), **environment):
+    """subprocess's arguments for train.py with the preset "tiny"; processes = 0: no torchrun."""
+    start = [sys.executable] if processes == 0 else [
+        sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}",
+        "--standalone", *torchrun]
+    return {"args": [*start, str(ROOT / "tests/tiny_train.py"), *train_flags(out, *more)],
+            "text": True, "env": {**os.environ, "OMP_NUM_THREADS": "1", "TINY_STEPS": str(steps),
+                                  "TINY_CLIPS": str(clips), **environment}}
+
+def at_once(*commands):
+    """Runs them beside each other; all have to end well."""
+    runs = [subprocess.Popen(**arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            for arguments in commands]
+    for run in runs:
+        err = run.communicate()[1]
+        assert run.returncode == 0, err[-3000:]
+
+def checkpoints(out, stage):
+    """The folders of a stage's checkpoints, the last one last."""
+    return sorted((out / "checkpoints").glob(f"{stage}-*"))
+
+def checkpoint(out, stage):
+    """The tensors and the status of a stage's last checkpoint."""
+    last = checkpoints(out, stage)[-1]
+    dcp_to_torch_save(last, out / "whole")
+    state = torch.load(out / "whole", weights_only=True)
+    (out / "whole").unlink()
+    return {**state, **json.loads((last / "status.json").read_text())}
+
+def rows(out, stage):
+    """A stage's rows of metrics.jsonl; what a killed process tore is passed over."""
+    found = []
+    for line in (out / "metrics.jsonl").read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return [row for row in found if row["stage"] == stage]
+
+def content(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+def equal(a, b):
+    """Whether nested dicts and lists of tensors are the same to the bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b

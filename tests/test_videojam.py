@@ -1,4 +1,4 @@
-"""pytest tests/test_videojam.py"""
+"""pytest tests/test_videojam.py: the paper's equations, the models, the model file."""
 import dataclasses
 import math
 
@@ -8,13 +8,14 @@ import torch.nn.functional as F
 from conftest import ROOT, TINY, bad_weights, randomised, tiny_dit
 from torch import nn
 
-from train import saved_bytes
-from videojam import (END, GUIDANCE, PAD, PRESETS, TAE, DiT, SpaceTimeConv, VideoJAM, attend,
-                      corrupted, drop, euler_sample, flow_matching_loss, guided_velocity,
-                      joint_loss, linear_quadratic, noised, null_text, patchify, sample_t,
-                      set_recompute, tae_loss, tokenize, unpatchify, velocity, widen_input,
-                      widen_output)
+from videojam import (EOS, GUIDANCE, PAD, PRESETS, TAE, DiT, SpaceTimeConv, VideoJAM, attend,
+                      drop_condition, euler_sample, flow_matching_loss, guided_velocity,
+                      interpolate, joint_loss, linear_quadratic, null_text, patchify, sample_noise,
+                      set_activation_checkpointing, tae_loss, tokenize, unpatchify, velocity,
+                      widen_input, widen_output)
 
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 class Foreign:
     """Somebody else's model: y is a float vector. Not linear, so that no term hides another; it
@@ -30,19 +31,15 @@ class Foreign:
         t, y = (v.double().view(len(z), -1).sum(1).view(-1, 1, 1, 1, 1) for v in (t, y))
         return torch.einsum("ij,bjthw->bithw", self.mix, (z.double() + t + y).sin()).to(z)
 
-
 def draws(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
 
 def case(B=3, C=2):
     """x, d (B, C, 2, 2, 2), a foreign y (B, 5) and the null for it."""
     x, d = draws(2, B, C, 2, 2, 2)
     return x, d, draws(B, 5, seed=1), torch.full((1, 5), .7, dtype=torch.float64)
 
-
 # ---------------------------------------------------------------- App. C: TAE
-
 
 @pytest.mark.parametrize("T", (1, 2, 3, 5, 8))
 def test_tae_shapes_for_any_length(T):
@@ -54,7 +51,6 @@ def test_tae_shapes_for_any_length(T):
     assert video.shape == (2, T, 3, 16, 24) and 0 <= video.min() and video.max() <= 1
     assert torch.equal(video, tae.decode(latent)[:, :T])        # the spurious ones are the last
 
-
 @pytest.mark.parametrize("stride", [(1, 1), (2, 2), (2, 1)])
 def test_tae_convolution_is_its_spatial_one_at_initialisation(stride):
     conv, x = SpaceTimeConv(3, 5, stride), torch.rand(2, 4, 6, 6, 3)
@@ -64,14 +60,12 @@ def test_tae_convolution_is_its_spatial_one_at_initialisation(stride):
     norms = x[:, ::stride[0], ::stride[1], ::stride[1]].norm(dim=-1)
     torch.testing.assert_close(conv(x).norm(dim=-1), norms)
 
-
-def test_tae_pads_time_by_repetition_so_a_still_video_has_a_still_latent():
+def test_tae_of_a_still_video_is_still():
     tae, frame = randomised(TAE(TINY.tae), std=.1), torch.rand(1, 1, 3, 16, 16)
     latent = tae.encode(frame.expand(1, 6, 3, 16, 16))
     torch.testing.assert_close(latent, latent[:, :, :1].expand_as(latent), atol=1e-5, rtol=1e-4)
 
-
-def test_tae_writes_videos_and_motion_in_bases_of_their_own_and_back():
+def test_tae_whitens_videos_and_motion_apart_and_back():
     torch.manual_seed(0)
     tae, video = randomised(TAE(TINY.tae)), torch.rand(1, 4, 3, 16, 16)
     raw, decoded = tae.encode(video), tae.decode(tae.encode(video))
@@ -83,14 +77,13 @@ def test_tae_writes_videos_and_motion_in_bases_of_their_own_and_back():
             torch.testing.assert_close(latent[:, k], expected)
         torch.testing.assert_close(tae.decode(latent, motion), decoded, atol=1e-3, rtol=1e-3)
 
-
-def test_fit_basis_makes_errors_as_large_as_they_look():
+def test_fit_whitening_makes_latent_errors_equal_pixel_errors():
     torch.manual_seed(0)
     tae, videos = randomised(TAE(TINY.tae), std=.1), torch.rand(8, 4, 3, 16, 16)
     with torch.no_grad():       # a linear decoder: pixels = matrix z at every position, spread out
         tae.decoder = nn.Linear(4, tae.decoder[-1].time.out_channels)
         tae.decoder.weight.copy_(torch.randn_like(tae.decoder.weight) * torch.tensor([9, 3, 1, .2]))
-    tae.fit_basis(videos.split(2), motion=True, generator=torch.Generator().manual_seed(0))
+    tae.fit_whitening(videos.split(2), motion=True, generator=rng())
     latent = tae.encode(videos, motion=True).detach()
     torch.testing.assert_close(latent.mean((0, 2, 3, 4)), torch.zeros(4), atol=1e-4, rtol=0)
     assert latent.square().mean() == pytest.approx(1, abs=1e-4)
@@ -100,32 +93,32 @@ def test_fit_basis_makes_errors_as_large_as_they_look():
     torch.testing.assert_close(gram / gram[0, 0], torch.eye(4), atol=.25, rtol=0)
     assert torch.equal(tae.basis[0], torch.eye(4)) and not tae.mean[0].any()    # videos' untouched
 
-
 @pytest.mark.parametrize("model", ("tae", "dit"))
-def test_recomputation_gives_the_same_gradients_and_keeps_less(model):
-    tae, dit = randomised(TAE(TINY.tae), std=.1), tiny_dit()
-    video = torch.rand(2, 5, 3, 16, 16)
-    z = torch.randn(2, 8, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    loss = {"tae": lambda: tae_loss(tae, video, generator=torch.Generator().manual_seed(1)),
-            "dit": lambda: dit(z, .3, tokenize(["a red square", "b"])).square().mean()}[model]
-    gradients, kept = [], []
-    for again in (False, True):
-        module = set_recompute(tae if model == "tae" else dit, again)
-        kept.append(saved_bytes(loss))
-        gradients.append(torch.autograd.grad(loss(), list(module.parameters())))
-    assert kept[1] < kept[0] / 2
-    for plain, recomputed in zip(*gradients):
-        assert torch.equal(plain, recomputed)
+def test_activation_checkpointing_keeps_gradients_and_saves_less(model):
+    module = {"tae": randomised(TAE(TINY.tae), std=.1), "dit": tiny_dit()}[model]
+    video, z = torch.rand(2, 5, 3, 16, 16), torch.randn(2, 8, 3, 4, 4, generator=rng())
+    noise, gradients, saved = torch.randn(2, 3, 4, 4, 4, generator=rng(1)), [], []
+    for on in (False, True):
+        set_activation_checkpointing(module, on)
+        count = []
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda tensor: (count.append(tensor.numel()), tensor)[1], lambda tensor: tensor):
+            loss = tae_loss(module, video, noise) if model == "tae" else \
+                module(z, .3, tokenize(["a red square", "b"])).square().mean()
+        saved.append(sum(count))
+        gradients.append(torch.autograd.grad(loss, list(module.parameters())))
+    assert saved[1] < .7 * saved[0]         # (the text encoder's are kept)
+    assert all(torch.equal(plain, again) for plain, again in zip(*gradients))
 
-
-def test_tae_loss_is_l1_and_mse_and_kl_and_the_outlier_penalty():
+def test_tae_loss_is_l1_mse_kl_and_outlier_penalty():
     tae, video = randomised(TAE(TINY.tae)), torch.rand(2, 3, 3, 16, 16)
 
-    def loss(kl, outliers, mse=0):
-        return tae_loss(tae, video, mse, kl, outliers, 1, torch.Generator().manual_seed(0))
-
     mean, log_var = tae.posterior(video)
-    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(mean.shape, generator=rng())
+
+    def loss(kl, outliers, mse=0):
+        return tae_loss(tae, video, noise, mse, kl, outliers, 1)
+
     decoded = tae.pixels(mean + (log_var / 2).exp() * noise)[:, :3]
     torch.testing.assert_close(loss(0, 0), F.l1_loss(decoded, video))
     squares = loss(0, 0, 2) - loss(0, 0)
@@ -140,36 +133,31 @@ def test_tae_loss_is_l1_and_mse_and_kl_and_the_outlier_penalty():
     penalty = (loss(0, 1) - loss(0, 0)).item()
     assert penalty == pytest.approx(float(sum(excess)) / len(excess), rel=1e-2)
 
-
 @pytest.mark.parametrize("shape", [(4, 3, 16, 16), (1, 4, 4, 16, 16), (1, 4, 3, 18, 16),
                                    (1, 4, 3, 16, 18)])
 def test_tae_says_which_shape_it_takes_and_got(shape):
     with pytest.raises(ValueError, match="multiples of 4, got .*" + ", ".join(map(str, shape))):
         TAE(TINY.tae).encode(torch.rand(shape))
 
-
 # ---------------------------------------------------------------- App. C: text
 
-
-def test_tokens_are_bytes_plus_one_then_end_then_padding():
-    assert tokenize(["aé", "", "\0"]).tolist() == [[98, 0xc3 + 1, 0xa9 + 1, END],
-                                                  [END, PAD, PAD, PAD], [1, END, PAD, PAD]]
+def test_tokens_are_bytes_then_eos_then_padding():
+    assert tokenize(["aé", "", "\0"]).tolist() == [[98, 0xc3 + 1, 0xa9 + 1, EOS],
+                                                  [EOS, PAD, PAD, PAD], [1, EOS, PAD, PAD]]
     assert tokenize(["a redé b ", " c"]).tolist() == [
-        [98, 33, PAD, PAD, 115, 102, 101, 0xc3 + 1, 0xa9 + 1, 33, PAD, PAD, 99, 33, PAD, PAD, END],
-        [33, PAD, PAD, PAD, 100, END] + [PAD] * 11]         # words begin at multiples of four
+        [98, 33, PAD, PAD, 115, 102, 101, 0xc3 + 1, 0xa9 + 1, 33, PAD, PAD, 99, 33, PAD, PAD, EOS],
+        [33, PAD, PAD, PAD, 100, EOS] + [PAD] * 11]         # words begin at multiples of four
     assert null_text(tokenize(["aé", ""])).tolist() == tokenize(["", "abc"])[:1].tolist() * 2
     with pytest.raises(ValueError, match="must be a list of str, got 'a star'"):
         tokenize("a star")
     with pytest.raises(ValueError, match="null must be given"):         # of another model's text
         null_text(torch.randn(2, 5))
 
-
 @pytest.mark.parametrize("prompt, limit, kept", [
     ("abcd", 4, "abcd"), ("abcde", 4, "abcd"), ("abcé", 4, "abc"), ("abé", 4, "abé"),
     ("ab🙂", 5, "ab"), ("ab🙂", 6, "ab🙂"), ("🙂", 3, "")])
 def test_long_prompts_are_cut_between_characters(prompt, limit, kept):
     assert tokenize([prompt], limit).tolist() == tokenize([kept]).tolist()
-
 
 def test_padding_is_seen_as_nothing():
     dit, short = tiny_dit(False), "a red square"
@@ -182,9 +170,7 @@ def test_padding_is_seen_as_nothing():
     dropped = dit(x, .4, null_text(tokenize([short])))
     torch.testing.assert_close(dropped, nothing, atol=1e-5, rtol=1e-4)
 
-
 # ---------------------------------------------------------------- Sec. 4.1: DiT, Eq. 1-4
-
 
 @pytest.mark.parametrize("mask", (None, torch.tensor([[1, 1, 0, 1, 0], [0, 1, 1, 1, 1]]) > 0))
 def test_attention_on_cpu_is_torchs(mask):
@@ -192,7 +178,6 @@ def test_attention_on_cpu_is_torchs(mask):
     mask = None if mask is None else mask[:, None, None]
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     torch.testing.assert_close(attend(q, k, v, mask), expected)
-
 
 def test_patchify_puts_channels_last_within_a_patch_and_comes_back():
     x = torch.randn(2, 3, 2, 4, 6)
@@ -202,7 +187,6 @@ def test_patchify_puts_channels_last_within_a_patch_and_comes_back():
     for t, row, col, i, j, c in [(0, 0, 0, 0, 0, 0), (1, 1, 2, 1, 0, 2), (0, 1, 1, 0, 1, 1)]:
         assert torch.equal(tokens[:, (t * 2 + row) * 3 + col, (i * 2 + j) * 3 + c],
                            x[:, c, t, 2 * row + i, 2 * col + j])
-
 
 def test_dit_starts_at_zero_and_once_trained_sees_position_time_and_text():
     x, y = torch.randn(1, 4, 3, 4, 4), tokenize(["abc"])
@@ -218,7 +202,6 @@ def test_dit_starts_at_zero_and_once_trained_sees_position_time_and_text():
         with pytest.raises(ValueError, match="DiT takes"):
             dit(torch.randn(shape), .5, y)
 
-
 def test_dit_knows_where_its_tokens_are_by_their_embedding_alone():
     x, y, dit = torch.ones(1, 4, 3, 4, 4), tokenize(["abc"]), tiny_dit(False)
     u = dit(x, .5, y)
@@ -227,20 +210,17 @@ def test_dit_knows_where_its_tokens_are_by_their_embedding_alone():
     u = dit(x, .5, y)
     torch.testing.assert_close(u, u[..., :1, :2, :2].repeat(1, 1, 3, 2, 2), atol=1e-5, rtol=1e-4)
 
-
 def test_eq1_and_eq2_by_hand():
     x1, x0 = torch.tensor([[[4.]], [[10.]]]), torch.tensor([[[0.]], [[2.]]])
-    assert noised(x1, x0, torch.tensor([.25, .5])).flatten().tolist() == [1, 6]
+    assert interpolate(x1, x0, torch.tensor([.25, .5])).flatten().tolist() == [1, 6]
     assert velocity(x1, x0).flatten().tolist() == [4, 8]
-
 
 def test_t_0_is_noise_and_t_1_is_data():
     x1, x0 = draws(2, 3, 1, 1, 1, 1)
-    assert torch.equal(noised(x1, x0, torch.zeros(3)), x0) and torch.equal(
-        noised(x1, x0, torch.ones(3)), x1)
+    assert torch.equal(interpolate(x1, x0, torch.zeros(3)), x0) and torch.equal(
+        interpolate(x1, x0, torch.ones(3)), x1)
 
-
-def test_eq3_is_zero_for_the_true_velocity_and_1_when_off_by_one():
+def test_flow_matching_loss_is_the_squared_error_of_velocity():
     x1, _, y, null = case()
 
     def off_by(error):      # at time t, x_0 = (x_t - t x_1) / (1 - t)
@@ -249,26 +229,22 @@ def test_eq3_is_zero_for_the_true_velocity_and_1_when_off_by_one():
     for error in (0., 1., 3.):
         assert flow_matching_loss(off_by(error), x1, y, null).item() == pytest.approx(error ** 2)
 
-
-def test_t_is_logit_normal_or_uniform_inside_0_1():
+def test_t_is_logit_normal_or_uniform():
     for uniform, quartile in ((False, 1 / (1 + math.exp(.6745))), (True, .25)):
-        t = sample_t(50_000, uniform, generator=torch.Generator().manual_seed(0))
+        t = sample_noise((50_000, 1, 1), rng(), uniform).t
         assert 0 < t.min() and t.max() < 1 and t.mean() == pytest.approx(.5, abs=.01)
         assert t.quantile(.25) == pytest.approx(quartile, abs=.01)
 
-
 @pytest.mark.parametrize("uniform", (False, True))
-def test_a_shift_moves_t_towards_noise_by_a_factor_of_its_odds(uniform):
-    plain, shifted = (sample_t(1000, uniform, shift, torch.Generator().manual_seed(0)).double()
+def test_shift_divides_the_odds_of_t(uniform):
+    plain, shifted = (sample_noise((1000, 1, 1), rng(), uniform, shift).t.double()
                       for shift in (1., 3.))
     torch.testing.assert_close(shifted / (1 - shifted), plain / (1 - plain) / 3, rtol=1e-4, atol=0)
 
-
 # ---------------------------------------------------------------- Sec. 4.2: motion rows, Eq. 6
 
-
 @pytest.mark.parametrize("config", (TINY.dit, PRESETS["toy"].dit), ids=("tiny", "toy"))
-def test_add_motion_leaves_the_appearance_velocity_equal_to_the_bit_whatever_d_is(config):
+def test_add_motion_keeps_appearance_velocity_to_the_bit(config):
     dit, C = randomised(DiT(config), std=.1), config.channels
     x, y = torch.randn(2, C, 4, 8, 8), tokenize(["a red square", "a star"])
     before, t = {k: v.clone() for k, v in dit.state_dict().items()}, torch.tensor([.2, .9])
@@ -291,7 +267,6 @@ def test_add_motion_leaves_the_appearance_velocity_equal_to_the_bit_whatever_d_i
     with pytest.raises(ValueError, match="already"):
         dit.add_motion()
 
-
 def test_after_add_motion_both_matrices_learn_and_d_flows_through():
     dit = tiny_dit(False).add_motion()
     x1, d1, y = torch.randn(2, 4, 3, 4, 4), torch.randn(2, 4, 3, 4, 4), tokenize(["a", "b"])
@@ -303,7 +278,6 @@ def test_after_add_motion_both_matrices_learn_and_d_flows_through():
     for axis, weight in ((1, dit.W_in.weight), (0, dit.W_out.weight)):
         new = weight.unflatten(axis, (4, 2, 4)).select(axis + 1, 1)     # offsets, x or d, channels
         assert (new != 0).all()
-
 
 @pytest.mark.parametrize("channel_last", (True, False))
 @pytest.mark.parametrize("bias", (True, False))
@@ -327,7 +301,6 @@ def test_widened_linears_keep_x_in_both_patch_layouts(channel_last, bias):
     if bias:                            # trained, it leaves the layer that it was made of alone
         assert wide.bias.data_ptr() != enter.bias.data_ptr()
 
-
 @pytest.mark.parametrize("layer, size", [
     (nn.Conv3d(3, 7, (1, 2, 2), (1, 2, 2)), (2, 4, 4)), (nn.Conv2d(3, 7, 2, 2, bias=False), (4, 4)),
     (nn.Conv2d(3, 7, 3, padding=1, padding_mode="reflect"), (5, 5))])
@@ -336,7 +309,6 @@ def test_widened_patch_embeddings_keep_x(layer, size):
     wide = widen_input(layer, 3, False)
     torch.testing.assert_close(wide(torch.cat([x, d], 1)), layer(x))
     assert type(wide) is type(layer) and wide.in_channels == 6 and layer.in_channels == 3
-
 
 @pytest.mark.parametrize("bias", (True, False))
 @pytest.mark.parametrize("kind", ("transposed", "patches", "patches, channel last"))
@@ -357,7 +329,6 @@ def test_widened_output_convolutions_keep_x(kind, bias):
     assert u.shape[1] == 2 * C and not u[:, C:].any()
     assert wide.out_channels == 2 * layer.out_channels
 
-
 @pytest.mark.parametrize("widen, layer", [
     (widen_input, nn.Linear(10, 4)), (widen_input, nn.Conv2d(4, 4, 1)),
     (widen_input, nn.Conv2d(3, 6, 1, groups=3)), (widen_input, nn.ConvTranspose2d(3, 4, 1)),
@@ -368,9 +339,8 @@ def test_layers_that_cannot_be_widened_are_refused(widen, layer):
     with pytest.raises(ValueError, match="cannot widen"):
         widen(layer, 3, True)
 
-
 @pytest.mark.parametrize("uniform", (False, True))
-def test_eq6_equals_a_loop_in_float64(uniform):
+def test_joint_loss_matches_loop_in_float64(uniform):
     (x1, d1, y, null), model = case(), Foreign(4)
     options = dict(text_dropout=0, motion_dropout=0, uniform=uniform)
     loss = joint_loss(model, x1, d1, y, null, **options)
@@ -388,50 +358,64 @@ def test_eq6_equals_a_loop_in_float64(uniform):
     noise = (z_t - t * torch.cat([x1, d1], 1)) / (1 - t)
     assert not torch.isclose(noise[:, :2], noise[:, 2:]).any()
 
+def test_joint_loss_matches_a_loop_over_its_noise():
+    """With dropouts: sample by sample, on given noise, with one call of the model each."""
+    (x1, d1, y, null), model = case(B=8), Foreign(4)
+    n = sample_noise(x1.shape, rng(3), text_dropout=.5, motion_dropout=.5)
+    assert 0 < n.no_text.sum() < 8 and 0 < n.no_motion.sum() < 8
+    n, errors = n.like(x1), []
+    for b in range(8):
+        x_t = n.t[b] * x1[b] + (1 - n.t[b]) * n.x0[b]
+        d_t = 0 * x_t if n.no_motion[b] else n.t[b] * d1[b] + (1 - n.t[b]) * n.d0[b]
+        text = null if n.no_text[b] else y[b:b + 1]
+        u = model(torch.cat([x_t, d_t])[None], n.t[b:b + 1], text)[0]
+        errors.append((u - torch.cat([x1[b] - n.x0[b], d1[b] - n.d0[b]])) ** 2)
+    per_channel = torch.stack(errors).flatten(2).mean(2)
+    loss = joint_loss(model, x1, d1, y, null, noise=n)
+    torch.testing.assert_close(loss, per_channel.mean())
+    torch.testing.assert_close(joint_loss(model, x1, d1, y, null, noise=n, reduction="channels"),
+                               per_channel)
+    # without motion it is Eq. 3 on the same noise
+    of_x = flow_matching_loss(Foreign(2), x1, y, null, noise=n, reduction="channels")
+    assert of_x.shape == (8, 2)
+    torch.testing.assert_close(flow_matching_loss(Foreign(2), x1, y, null, noise=n), of_x.mean())
 
 def test_text_is_dropped_for_30_percent_and_motion_for_20_independently():
-    n = 20_000
-    z1, y = torch.ones(n, 2, 1, 1, 1), torch.ones(n, 1)
-    t, z_t, y, _ = corrupted(z1, y, 1, torch.zeros(1), generator=torch.Generator().manual_seed(0))
-    text, motion = y[:, 0] == 0, z_t[:, 1].flatten() == 0
+    n = sample_noise((20_000, 1, 1), rng())
     tolerance = dict(abs=.012)                                          # four deviations
-    assert text.float().mean() == pytest.approx(.3, **tolerance)
-    assert motion.float().mean() == pytest.approx(.2, **tolerance)
-    assert (text & motion).float().mean() == pytest.approx(.06, **tolerance)
-    for dropped in (text, motion):                                      # at every t alike
-        low, high = (dropped[part].float().mean() for part in (t < .5, t > .5))
+    assert n.no_text.float().mean() == pytest.approx(.3, **tolerance)
+    assert n.no_motion.float().mean() == pytest.approx(.2, **tolerance)
+    assert (n.no_text & n.no_motion).float().mean() == pytest.approx(.06, **tolerance)
+    for dropped in (n.no_text, n.no_motion):                            # at every t alike
+        low, high = (dropped[part].float().mean() for part in (n.t < .5, n.t > .5))
         assert abs(low - high) < .03
-    assert not (z_t[:, 0] == 0).any()                                   # appearance never is
 
+def test_dropped_motion_is_zero_in_the_model_while_its_target_stays():
+    x1, y, model = torch.zeros(4, 2, 2, 2, 2), torch.zeros(4, 1), Foreign(4)
+    loss = joint_loss(model, x1, x1 + 100, y, torch.zeros(1), motion_dropout=1, reduction="channels")
+    (z, _, _), = model.calls
+    assert not z[:, 2:].any() and z[:, :2].all()
+    assert (loss[:, 2:] > 8000).all() and (loss[:, :2] < 100).all()
 
-def test_dropped_motion_is_zero_in_the_noised_latent_while_its_target_stays():
-    x1, y, null = torch.zeros(4, 2, 2, 2, 2), torch.zeros(4, 1), torch.zeros(1)
-    d1 = torch.full_like(x1, 100.)
-    _, z_t, _, v = corrupted(torch.cat([x1, d1], 1), y, 2, null, motion_dropout=1)
-    assert not z_t[:, 2:].any() and z_t[:, :2].all()
-    assert (v[:, 2:] > 90).all() and (v[:, :2].abs() < 10).all()
-
-
-def test_drop_replaces_whole_samples():
-    out = drop(torch.ones(1000, 2, 3), .5, torch.zeros(2, 3), torch.Generator().manual_seed(0))
-    assert set(out.flatten(1).sum(1).tolist()) == {0, 6}
-
+def test_drop_condition_replaces_whole_samples():
+    dropped = torch.tensor([True, False, True])
+    out = drop_condition(torch.ones(3, 2, 3), dropped, torch.zeros(2, 3))
+    assert out.flatten(1).sum(1).tolist() == [0, 6, 0]
 
 # ---------------------------------------------------------------- Sec. 4.3: guidance, Eq. 8, App. A
-
 
 FORMULAS = {        # u(d?, y?) with one call per term, as the paper (and the design) print them
     "none": lambda u, w1, w2: u(1, 1),
     "cfg": lambda u, w1, w2: u(1, 1) + w1 * (u(1, 1) - u(1, 0)),
     "inner": lambda u, w1, w2: (1 + w1 + w2) * u(1, 1) - w1 * u(1, 0) - w2 * u(0, 1),
+    "no-motion": lambda u, w1, w2: u(0, 1) + w1 * (u(0, 1) - u(0, 0)),
     "ip2p": lambda u, w1, w2: u(0, 0) + w2 * (u(1, 0) - u(0, 0)) + w1 * (u(1, 1) - u(1, 0)),
     "composable": lambda u, w1, w2: u(0, 0) + w1 * (u(0, 1) - u(0, 0)) + w2 * (u(1, 0) - u(0, 0)),
 }
 
-
 @pytest.mark.parametrize("w1, w2", [(5, 3), (0, 3), (5, 0), (0, 0), (2.5, 2.5)])
 @pytest.mark.parametrize("mode", GUIDANCE)
-def test_eq8_and_app_a_equal_their_formulas_with_one_call_per_term(mode, w1, w2):
+def test_guidance_matches_formula_with_one_call_per_term(mode, w1, w2):
     (x, d, y, null), model = case(), Foreign(4)
 
     def u(with_d, with_y):
@@ -441,16 +425,14 @@ def test_eq8_and_app_a_equal_their_formulas_with_one_call_per_term(mode, w1, w2)
     guided = guided_velocity(model, x, d, .25, y, w1, w2, mode, null)
     torch.testing.assert_close(guided, FORMULAS[mode](u, w1, w2), rtol=1e-9, atol=1e-9)
 
-
 @pytest.mark.parametrize("mode, w1, w2, evaluations", [
     ("none", 5, 3, 1), ("cfg", 5, 3, 2), ("cfg", 0, 3, 1), ("inner", 5, 3, 3), ("inner", 5, 0, 2),
     ("inner", 0, 3, 2), ("inner", 0, 0, 1), ("ip2p", 5, 3, 3), ("ip2p", 3, 3, 2), ("ip2p", 1, 1, 1),
     ("composable", 5, 3, 3), ("composable", 5, 0, 2)])
-def test_all_terms_run_in_one_batch_and_those_of_weight_0_not_at_all(mode, w1, w2, evaluations):
+def test_guidance_runs_in_one_batch_without_terms_of_weight_0(mode, w1, w2, evaluations):
     (x, d, y, null), model = case(), Foreign(4)
     guided_velocity(model, x, d, .25, y, w1, w2, mode, null)
     assert [len(z) for z, _, _ in model.calls] == [3 * evaluations]
-
 
 def test_with_our_tokens_the_null_prompt_is_the_default_null():
     dit, (x, d) = tiny_dit(), torch.randn(2, 1, 4, 3, 4, 4)
@@ -458,7 +440,6 @@ def test_with_our_tokens_the_null_prompt_is_the_default_null():
     expected = 6 * dit(z, .3, y) - 5 * dit(z, .3, tokenize([""]))
     guided = guided_velocity(dit, x, d, .3, y, 5, 0)
     torch.testing.assert_close(guided, expected, rtol=1e-3, atol=1e-3)
-
 
 @pytest.mark.parametrize("d, mode, complaint", [
     (None, "inner", "needs motion"), (None, "ip2p", "needs motion"),
@@ -468,9 +449,7 @@ def test_guidance_that_is_unknown_or_needs_motion_is_refused(d, mode, complaint)
     with pytest.raises(ValueError, match=complaint):
         guided_velocity(Foreign(2), x, d and motion, .5, y, 5, 3, mode, null)
 
-
 # ---------------------------------------------------------------- App. C: schedule and sampler
-
 
 def mochi(steps, threshold):
     """Mochi's schedule (genmo, 2024) as it is published: noise levels, turned into our t."""
@@ -482,12 +461,10 @@ def mochi(steps, threshold):
     return first + [quadratic * i ** 2 + linear * i + quadratic * half ** 2
                     for i in range(half, steps)] + [1.]
 
-
 def test_schedule_is_mochis_at_64_steps():
     times = linear_quadratic(64, emulated=1280)
     torch.testing.assert_close(times, torch.tensor(mochi(64, .025)), atol=1e-6, rtol=1e-6)
     assert times[32] == pytest.approx(.025)
-
 
 @pytest.mark.parametrize("steps", (1, 2, 7, 50, 100, 1000))
 def test_schedule_runs_from_0_to_1_linear_first_then_faster(steps):
@@ -498,12 +475,10 @@ def test_schedule_runs_from_0_to_1_linear_first_then_faster(steps):
     torch.testing.assert_close(pace[:steps // 2], torch.full((steps // 2,), 1e-3).double(),
                                atol=1e-6, rtol=1e-3)
 
-
 @pytest.mark.parametrize("steps", (0, -3, 1001))
 def test_schedule_refuses_steps_that_it_cannot_take(steps):
     with pytest.raises(ValueError, match="from 1 to 1000"):
         linear_quadratic(steps)
-
 
 def by_hand(model, x, d, y, times, weights):
     """Euler steps with the weights (full, without y, without d) of every step; d or no d."""
@@ -517,7 +492,6 @@ def by_hand(model, x, d, y, times, weights):
         x, d = (z, None) if d is None else z.chunk(2, 1)
     return x, d
 
-
 @pytest.mark.parametrize("steps", (1, 4, 5))
 @pytest.mark.parametrize("mode, w1, w2, first, second", [
     ("inner", 0, 0, (1, 0, 0), (1, 0, 0)),                      # plain conditional sampling
@@ -526,13 +500,12 @@ def by_hand(model, x, d, y, times, weights):
     ("cfg", 4, 3, (5, -4, 0), (5, -4, 0)),
     ("inner", 4, 2, (7, -4, -2), (5, -4, 0)),                   # the motion term stops at half
 ])
-def test_sampler_is_euler_with_motion_guidance_in_the_first_half(mode, w1, w2, first, second,
+def test_sampler_matches_euler_by_hand(mode, w1, w2, first, second,
                                                                 steps):
     (x, d, y, null), times = case(), linear_quadratic(steps, 20)
     weights = [first if i < steps / 2 else second for i in range(steps)]
     torch.testing.assert_close(euler_sample(Foreign(4), x, d, y, times, w1, w2, mode, null),
                                by_hand(Foreign(4), x, d, y, times, weights))
-
 
 @pytest.mark.parametrize("mode, scales", [("ip2p", (3, 3, 1, 1)), ("composable", (3, 3, 3, 3))])
 def test_guidance_of_app_a_sees_the_motion_in_all_steps(mode, scales):
@@ -543,12 +516,10 @@ def test_guidance_of_app_a_sees_the_motion_in_all_steps(mode, scales):
         x, d = (torch.cat([x, d], 1) + (after - t) * u).chunk(2, 1)
     torch.testing.assert_close(sampled, (x, d))
 
-
 def test_ip2p_without_its_motion_term_is_classifier_free_guidance():
     (x, d, y, null), model = case(), Foreign(4)
     torch.testing.assert_close(guided_velocity(model, x, d, .3, y, 5, 1, "ip2p", null),
                                guided_velocity(model, x, d, .3, y, 4, 0, "cfg", null))
-
 
 def test_sampler_takes_three_evaluations_a_step_then_two():
     (x, d, y, null), model = case(), Foreign(4)
@@ -561,8 +532,7 @@ def test_sampler_takes_three_evaluations_a_step_then_two():
     euler_sample(model, x, d, y, linear_quadratic(6), 5, 3, "inner", null)
     assert [t[0].item() for _, t, _ in model.calls] == linear_quadratic(6)[:-1].tolist()
 
-
-def test_models_that_take_bf16_lose_no_time_and_no_small_steps_by_it():
+def test_bf16_models_keep_t_and_path_in_fp32():
     """Of t, of the noise and of the path: these stay fp32; the model is given bf16."""
     x, d, y, null = (part.bfloat16() for part in case())
     model = Foreign(4)
@@ -578,7 +548,6 @@ def test_models_that_take_bf16_lose_no_time_and_no_small_steps_by_it():
     there = euler_sample(towards, 0 * x, 0 * d, y, linear_quadratic(1000), 0, 0, "inner", null)
     torch.testing.assert_close(torch.cat(there, 1), end, atol=1e-4, rtol=0)
 
-
 def test_sampler_takes_models_without_motion():
     x, _, y, null = case()
     out, nothing = euler_sample(Foreign(2), x, None, y, linear_quadratic(4, 20), 4, 3, "cfg", null)
@@ -586,9 +555,7 @@ def test_sampler_takes_models_without_motion():
     assert nothing is None
     torch.testing.assert_close(out, expected)
 
-
-# ---------------------------------------------------------------- presets and the bundle
-
+# ---------------------------------------------------------------- presets and the model file
 
 @pytest.mark.parametrize("name, count, latents", [
     ("toy", "3.3M", (8, 4, 8, 8)), ("small", "151M", (16, 6, 16, 16)),
@@ -602,7 +569,6 @@ def test_the_sizes_of_the_presets_on_the_meta_device(name, count, latents):
     assert round(sum(p.numel() for p in dit.parameters()) / unit, digits) == float(count[:-1])
     assert config.latent_shape() == latents
 
-
 def test_presets_fit_together_and_come_back_from_a_dict():
     assert set(PRESETS) == {"toy", "small", "4b", "30b"}
     for preset in (*PRESETS.values(), TINY):
@@ -610,13 +576,11 @@ def test_presets_fit_together_and_come_back_from_a_dict():
         assert preset.size % (preset.tae.compression[1] * preset.dit.patch) == 0
         assert type(preset).from_dict(dataclasses.asdict(preset)) == preset
 
-
 def generate(model, prompts=("a red square", "a star"), **options):
     return model.generate(list(prompts), **{"steps": 4, **options})
 
-
-def test_save_and_load_give_the_same_video_to_the_bit(bundle, tmp_path):
-    first = VideoJAM.load(bundle / "model.pt")
+def test_save_and_load_keep_the_video_to_the_bit(model_folder, tmp_path):
+    first = VideoJAM.load(model_folder / "model.pt")
     first.save(tmp_path / "copy.pt")
     second = VideoJAM.load(tmp_path / "copy.pt")
     assert second.config == TINY and second.dit.config.motion and not second.dit.training
@@ -625,18 +589,16 @@ def test_save_and_load_give_the_same_video_to_the_bit(bundle, tmp_path):
         assert 0 <= a.min() and a.max() <= 1 and a.std() > .05
     assert [path.name for path in tmp_path.iterdir()] == ["copy.pt"]
 
-
 @pytest.mark.parametrize("which, seed", [("jam", 0), ("base", 1), ("control", 2)])
-def test_a_bundle_holds_each_model_under_its_name(bundle, which, seed):
-    model = VideoJAM.load(bundle / "model.pt", which)
+def test_a_model_file_holds_each_model_under_its_name(model_folder, which, seed):
+    model = VideoJAM.load(model_folder / "model.pt", which)
     expected = tiny_dit(which == "jam", seed).half().float()
     assert torch.equal(model.dit.blocks[1].mlp.up.weight, expected.blocks[1].mlp.up.weight)
     assert model.dit.config.motion == (which == "jam")
     assert (generate(model)[1] is not None) == (which == "jam")
 
-
-def test_other_files_are_refused_in_one_line_and_run_no_code(bundle, tmp_path):
-    content = torch.load(bundle / "model.pt")
+def test_hostile_model_files_are_refused_and_run_no_code(model_folder, tmp_path):
+    content = torch.load(model_folder / "model.pt")
     tampered = {"no config": {**content, "config": {}}, "no dits": {**content, "dits": {}},
                 "other tae": {**content, "tae": {}},
                 "no dit": {**content, "dits": None},
@@ -646,20 +608,19 @@ def test_other_files_are_refused_in_one_line_and_run_no_code(bundle, tmp_path):
                 "other field": {**content, "config": {**content["config"], "more": 1}}}
     for name, value in tampered.items():
         torch.save(value, tmp_path / name)
-    paths = bad_weights(tmp_path, bundle / "model.pt") + [tmp_path / name for name in tampered]
+    paths = bad_weights(tmp_path, model_folder / "model.pt") + [tmp_path / name for name in tampered]
     for path in [*paths, tmp_path]:
         with pytest.raises(ValueError) as error:
             VideoJAM.load(path)
         assert str(path) in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "ran").exists()
-    only = VideoJAM.load(bundle / "model.pt", "base")
+    only = VideoJAM.load(model_folder / "model.pt", "base")
     only.save(tmp_path / "base.pt")
     with pytest.raises(ValueError, match="has no 'jam' model, only base"):
         VideoJAM.load(tmp_path / "base.pt")
 
-
-def test_a_sample_depends_on_its_seed_alone(bundle):
-    model = VideoJAM.load(bundle / "model.pt")
+def test_a_sample_depends_on_its_seed_alone(model_folder):
+    model = VideoJAM.load(model_folder / "model.pt")
     video, rgb = generate(model, seed=3)
     for again in (generate(model, seed=3), generate(model, seed=3, batch=1)):
         torch.testing.assert_close(again, (video, rgb), atol=.05, rtol=0)   # bf16 in other batches
@@ -669,29 +630,26 @@ def test_a_sample_depends_on_its_seed_alone(bundle):
     alone, _ = generate(model, ["a star"], seed=4)
     torch.testing.assert_close(alone[0], video[1], atol=.05, rtol=0)
 
-
-def test_base_and_videojam_start_from_the_same_noise(bundle, monkeypatch):
+def test_base_and_videojam_start_from_the_same_noise(model_folder, monkeypatch):
     starts = {}
 
-    def capture(dit, x, d, y, *rest, **options):
+    def capture(dit, x, d, *_, **__):
         starts[dit.config.motion] = x, d
         return x, d
 
     monkeypatch.setattr("videojam.euler_sample", capture)
     for which in ("base", "jam"):
-        generate(VideoJAM.load(bundle / "model.pt", which))
+        generate(VideoJAM.load(model_folder / "model.pt", which))
     (x, nothing), (joint_x, d) = starts[False], starts[True]
     assert torch.equal(x, joint_x) and nothing is None and not torch.isclose(x, d).any()
-
 
 @pytest.mark.parametrize("options, complaint", [
     ({"prompts": []}, "no prompt"), ({"steps": 0}, "steps"), ({"steps": -1}, "steps"),
     ({"mode": "magic"}, "unknown guidance"), ({"mode": "inner", "which": "base"}, "needs motion")])
-def test_generate_refuses_bad_input(bundle, options, complaint):
-    model = VideoJAM.load(bundle / "model.pt", options.pop("which", "jam"))
+def test_generate_refuses_bad_input(model_folder, options, complaint):
+    model = VideoJAM.load(model_folder / "model.pt", options.pop("which", "jam"))
     with pytest.raises(ValueError, match=complaint):
         generate(model, **options)
-
 
 @pytest.mark.skipif(not (ROOT / "weights/toy.pt").exists(), reason="no weights/toy.pt yet")
 @pytest.mark.parametrize("which", ("jam", "base", "control"))

@@ -1,0 +1,337 @@
+"""What all scripts share: errors in one line, whole files, devices, processes, the optimizer."""
+import argparse
+import contextlib
+import ctypes
+import datetime
+import json
+import logging
+import math
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import imageio.v3 as iio
+import imageio_ffmpeg
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent
+logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)     # it warns of every resized video
+
+# ---------------------------------------------------------------- errors: one line, exit code 2
+
+class Parser(argparse.ArgumentParser):
+    """A wrong flag is bad input like any other: one line, by `report_errors`."""
+    def error(self, message):
+        raise ValueError(f"{message} (-h shows all flags)")
+
+def number(kind, low, high, wanted):
+    """An argparse type: a number of `kind` from low to high; the error says what is `wanted`."""
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"must be {wanted}, got {text}")
+    return parse
+
+positive_int = number(int, 1, 2 ** 62, "a positive whole number")
+positive = number(float, sys.float_info.min, sys.float_info.max, "a positive number")
+fraction = number(float, 0, 1, "from 0 to 1")
+seed = number(int, 1 - 2 ** 62, 2 ** 62 - 1, "a whole number below 2^62")
+
+def nonempty(text):
+    """An argparse type: a path or name that is not empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty: leave it out, or name one")
+    return text
+
+def is_out_of_memory(error):
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or \
+        "can't allocate memory" in str(error)               # a CPU's is a RuntimeError
+
+def one_line(error):
+    """The first 200 characters of an exception's message, on one line."""
+    return " ".join(str(error).split())[:200]
+
+def report_errors(main):
+    """Runs a script's main(). ValueError, OSError and too little memory become one line on stderr
+    and exit code 2; Ctrl-C one line and exit code 130."""
+    script = Path(sys.argv[0]).name
+    sys.stdout.reconfigure(errors="backslashreplace")       # file names may be any bytes
+    try:
+        main()
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            error = ("out of memory: take a smaller batch or size, fewer videos, or (training) "
+                     "--accumulate")
+        elif isinstance(error, RuntimeError):
+            raise
+        elif getattr(error, "filename", None):
+            error = f"cannot use {error.filename}: {error.strerror}"
+        print(f"{script}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{script}: interrupted; every file that was written is whole", file=sys.stderr)
+        sys.exit(130)
+
+# ---------------------------------------------------------------- files: whole, or not there
+
+def write_file(path, save):
+    """Calls save(temporary path), then renames it to `path`. ValueError where that fails."""
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise ValueError(f"{path.parent}: no such folder to write {path.name} into")
+    # resolved, because imageio collapses `link/..`
+    temporary = path.parent.resolve() / f".{path.stem}.{os.getpid()}.part{path.suffix}"
+    try:
+        save(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:                # torch.save raises RuntimeErrors
+        if is_out_of_memory(error):
+            raise
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise ValueError(f"cannot write {path}: {reason}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+def write_text(path, text):
+    write_file(path, lambda temporary: temporary.write_text(
+        text, encoding="utf-8", errors="surrogateescape"))  # captions may name files of any bytes
+
+def read_lines(path):
+    """The prompts of a text file, one a line. ValueError where there are none."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {getattr(error, 'strerror', 'not UTF-8')}") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"{path}: no prompt in it")
+    return prompts
+
+def read_json(path, *keys):
+    """The dict of a .json file that has these keys. ValueError where it is damaged."""
+    try:
+        content = json.loads(path.read_text())
+        if isinstance(content, dict) and content.keys() >= set(keys):
+            return content
+    except ValueError:
+        pass
+    raise ValueError(f"{path}: damaged, not the JSON that was written")
+
+def write_tensors(path, content):
+    """torch.save of a dict with CPU tensors, which machines without a GPU can read."""
+    write_file(path, lambda temporary: torch.save(content, temporary))
+
+def read_tensors(path, kind):
+    """The dict of a file of `write_tensors` whose "kind" is `kind`; tensors are memory-mapped. No
+    code in a file can run. ValueError, one line, if it is missing, damaged or of another kind."""
+    try:
+        content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except Exception:                           # a damaged file can raise almost anything
+        raise ValueError(f"{path}: not a {kind} file, or damaged") from None
+    if not isinstance(content, dict) or content.get("kind") != kind:
+        raise ValueError(f"{path}: not a {kind} file")
+    return content
+
+# ---------------------------------------------------------------- videos
+
+def open_video(path, **options):
+    """What a video file says of itself ("fps", "duration" in s, "size"), and its frames, (3, H, W)
+    uint8, one by one. options: imageio_ffmpeg.read_frames'. (imageio's own reader knows fewer
+    suffixes.) Of a broken file any exception is raised, here or by the frames."""
+    # absolute, because ffmpeg parses `12:` as a protocol
+    reader = imageio_ffmpeg.read_frames(str(Path(path).absolute()), **options)
+    meta = next(reader)
+    width, height = meta["size"]
+    return meta, (torch.frombuffer(bytearray(data), dtype=torch.uint8).view(height, width, 3)
+                  .permute(2, 0, 1) for data in reader)
+
+def check_video(path, frames):
+    """OSError unless a video that was just written is whole: ffmpeg is silent on a full disk."""
+    try:
+        whole = imageio_ffmpeg.count_frames_and_secs(str(path.absolute()))[0] == frames
+    except RuntimeError:
+        whole = False
+    if not whole:
+        raise OSError("the video is not whole, is the disk full?")
+
+def write_mp4(path, frames, fps, count=None):
+    """Writes frames (H, W, 3) uint8, an array or (with their count) a generator; `path` is new."""
+    iio.imwrite(path, frames, plugin="FFMPEG", is_batch=True, fps=fps, macro_block_size=2,
+                output_params=["-crf", "12"], ffmpeg_log_level="quiet")
+    check_video(path, len(frames) if count is None else count())
+
+def write_video(path, video, fps, scale=None):
+    """(T, 3, H, W) in [0, 1] -> .mp4 or .gif, enlarged by `scale`, default: to about 256 px."""
+    scale = scale or max(1, round(256 / video.shape[-2]))
+    frames = (video.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    frames = frames.repeat(scale, 1).repeat(scale, 2)
+    if Path(path).suffix == ".gif":
+        write_file(path, lambda temporary: temporary.write_bytes(iio.imwrite(
+            "<bytes>", frames, extension=".gif", loop=0, duration=1000 / fps)))
+    else:
+        write_file(path, lambda temporary: write_mp4(temporary, frames, fps))
+
+def grid(*videos):
+    """Videos (n, T, 3, H, W) -> one (T, 3, H', W'): n columns, one row per argument."""
+    rows = [torch.cat(list(F.pad(video, (1, 1, 1, 1), value=1)), -1) for video in videos]
+    return torch.cat(rows, -2)
+
+# ---------------------------------------------------------------- devices
+
+def keep_freed_memory():
+    """Lets glibc's malloc keep freed memory: page faults were a fifth of a CPU's training step."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):       # other C libraries
+        mallopt, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = ctypes.CDLL(None).mallopt, -1, -3
+        mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
+        mallopt(M_MMAP_THRESHOLD, 2 ** 25)                  # the largest that old versions take
+
+def device_of(name):
+    """The torch.device of --device, by default a GPU if there is one. ValueError if absent."""
+    name, why = name or ("cuda" if torch.cuda.is_available() else "cpu"), "meta holds no numbers"
+    try:
+        if (device := torch.empty(0, device=name).device).type != "meta":
+            return device
+    except (RuntimeError, AssertionError, ImportError) as error:
+        why = str(error).splitlines()[0][:100]
+    raise ValueError(f"--device {name}: no such device, take cpu or cuda ({why})")
+
+def cpu_features():
+    """{instruction set: whether this CPU has it}; empty in torch 2.11, which does not tell."""
+    return getattr(torch.cpu, "get_capabilities", dict)()
+
+def fast_dtype(device):
+    """bf16 on GPUs and on CPUs with AMX or AVX512-BF16; elsewhere bf16 is slow: fp32."""
+    if torch.device(device).type != "cpu":
+        return torch.bfloat16
+    has = cpu_features()
+    return torch.bfloat16 if has.get("amx_bf16") or has.get("avx512_bf16") else torch.float32
+
+def autocast(device, dtype=None):
+    """Matrix products in `dtype`, by default the device's fast one; the weights stay fp32."""
+    dtype = dtype or fast_dtype(device)
+    return torch.autocast(torch.device(device).type, torch.bfloat16, dtype == torch.bfloat16)
+
+def can_compile(device):
+    """Whether torch.compile works here: on a CPU it needs a C++ compiler."""
+    return device.type != "cpu" or shutil.which(os.environ.get("CXX", "g++")) is not None
+
+def compile_layers(layers):
+    """torch.compile for each layer: training on a CPU gets twice as fast."""
+    # GCC 12 does not know newer Xeons, and the code it then makes for AVX512 has NaN gradients
+    known = cpu_features().get("avx512_f") and "cpp.march" in torch._inductor.list_options()
+    for layer in layers:
+        layer.compile(options={"cpp.march": "skylake-avx512"} if known else None)
+
+# ---------------------------------------------------------------- processes: one, or torchrun's
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+def print0(text):
+    """Prints on rank 0 alone, above the progress bars."""
+    if rank() == 0:
+        tqdm.write(text)
+
+def join_processes(device):
+    """Joins the processes that torchrun started, if it did. Returns this process's own device."""
+    if "RANK" not in os.environ:
+        return device
+    if device.type == "cuda":
+        local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= count:
+            raise ValueError(f"this machine has {count} GPUs: --nproc_per_node={count} at most")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    # hours, because all wait while rank 0 examines a folder or renders a preview
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                            timeout=datetime.timedelta(hours=12))
+    return device
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+def any_rank(device, *flags):
+    """Which flags hold on any rank: the same answer on all of them."""
+    if world_size() == 1:
+        return flags
+    votes = torch.tensor(flags, dtype=torch.int32, device=device)
+    dist.all_reduce(votes, dist.ReduceOp.MAX)
+    return votes.bool().tolist()
+
+# ---------------------------------------------------------------- the optimizer
+
+# (a, b, c) of four steps X <- a X + (b A + c A^2) X with A = X X^T. Each polynomial brings singular
+# values from .003 to 1 as near to 1 as it can (Amsel et al., 2025, "The Polar Express").
+POLAR = ((8.3019, -24.0424, 17.4699), (4.0103, -2.9290, .5430), (3.5027, -2.5773, .5049),
+         (2.5229, -1.8395, .4272))
+
+def orthogonalize(matrices):
+    """Matrices (n, rows, columns) with the same singular vectors and singular values of .78 to
+    1.22. Smaller ones than .003 of the matrix's norm grow about 290 times."""
+    if hasattr(matrices, "placements"):         # sharded rows: each process takes whole matrices
+        from torch.distributed.tensor import DTensor, Shard     # takes a second to import
+        rows, mesh = matrices.placements, matrices.device_mesh
+        taken = matrices.redistribute(placements=[Shard(0) if p.is_shard() else p for p in rows])
+        done = DTensor.from_local(orthogonalize(taken.to_local()).contiguous(), mesh,
+                                  taken.placements, shape=taken.shape, stride=taken.stride())
+        return done.redistribute(placements=rows)
+    wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
+    X = wide.to(fast_dtype(matrices.device))
+    X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for a, b, c in POLAR:
+        A = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+    return X if wide is matrices else X.mT
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al., 2024) with Nesterov momentum, for matrices and convolution kernels
+    (out, in height width). Rare directions learn as fast as dominant ones. A step has the size of
+    AdamW's, .2 lr an element, so one lr serves both. lr_scale {weight: tensor of its shape} has
+    factors on it. (torch.optim.Muon takes matrices alone, a step more, and bf16 on every device.)"""
+    def __init__(self, weights, lr, momentum=.95, lr_scale=None):
+        super().__init__(weights, {"lr": lr, "momentum": momentum})
+        self.lr_scale = lr_scale or {}
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            same_shape = {}                     # multiplied at once: fewer and larger products
+            for weight in group["params"]:
+                same_shape.setdefault(weight.shape, []).append(weight)
+            for weights in same_shape.values():
+                matrices = []
+                for weight in weights:
+                    state = self.state[weight]
+                    if not state:
+                        state["momentum"] = torch.zeros_like(weight)
+                    state["momentum"].lerp_(weight.grad, 1 - group["momentum"])
+                    nesterov = weight.grad.lerp(state["momentum"], group["momentum"])
+                    matrices.append(nesterov.flatten(1))
+                step = -group["lr"] * .2 * max(matrices[0].shape) ** .5
+                for weight, update in zip(weights, orthogonalize(torch.stack(matrices))):
+                    update = update.view_as(weight)
+                    if weight in self.lr_scale:
+                        update = update * self.lr_scale[weight]
+                    weight.add_(update, alpha=step)
+
+def make_optimizers(model, lr, lr_scale=None):
+    """[AdamW, Muon]: Muon for the weights of Linears and convolutions, AdamW for all others."""
+    matrices = {module.weight: None for module in model.modules()
+                if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d))}
+    others = [weight for weight in model.parameters() if weight not in matrices]
+    return [torch.optim.AdamW(others, lr, (.9, .99), weight_decay=0, fused=True),
+            Muon(matrices, lr, lr_scale=lr_scale)]

@@ -1,0 +1,268 @@
+"""What is measured of a video: tracking and fitting of sprites, VBench's formulas, statistics.
+
+A sprite is tracked by its colour, its shape is the nearest template's, and its path is fitted by
+the motion that the prompt names: least squares over the scene's own physics.
+"""
+import itertools
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from flow import estimate_flow
+from synthetic import (COLOURS, DIRECTIONS, HELD_OUT, SHAPES, TRAVEL, TURNS, bouncing,
+                       signed_distance, sprite_clips, sprite_scene)
+
+# ---------------------------------------------------------------- tracking a sprite
+
+PERIOD = {"circle": 0, "square": math.pi / 2, "triangle": 2 * math.pi / 3, "cross": math.pi / 2,
+          "star": 2 * math.pi / 5}                      # the smallest turn that changes nothing
+
+def cover_of(shape, x, y, r):
+    """How much of a pixel at (x, y) from the centre a shape of radius r covers: [0, 1]."""
+    return (.5 - signed_distance(shape, x, y, r)).clamp(0, 1)
+
+def track(video, colour, shape):
+    """Follows a sprite by its colour through (T, 3, S, S) on a plain background.
+
+    Returns in_frame (T,) bool: something of that colour and of a sprite's size is seen, nothing of
+    another colour; the likeliest shape; the path (T, 3): x, y in px, angle of the named shape;
+    alpha (T, S, S) in [0, 1]: where that colour is."""
+    T, _, S, _ = video.shape
+    background = video.permute(1, 0, 2, 3).flatten(1).median(1).values
+    towards = torch.tensor(COLOURS[colour]) - background
+    offset = video - background[:, None, None]
+    amount = torch.einsum("tchw,c->thw", offset, towards) / towards.square().sum()
+    residual = (offset - amount[:, None] * towards[:, None, None]).norm(dim=1)
+    alpha = amount.clamp(0, 1) * ((amount > .2) & (residual < .25))
+    area = alpha.sum((1, 2))
+    other = ((offset.norm(dim=1) > .35) & (residual > .35)).sum((1, 2))
+    in_frame = (area > .01 * S * S) & (area < .15 * S * S) & (other < .006 * S * S)
+    centres = torch.arange(S) + .5
+    total = area.clamp(min=1e-6)
+    x, y = (alpha.sum(1) * centres).sum(1) / total, (alpha.sum(2) * centres).sum(1) / total
+
+    # shape and angle: the template that is nearest, at the tracked centre and of the same area
+    half = int(.22 * S)
+    window = torch.arange(-half, half + 1)
+    cols, rows = x.long()[:, None] + window, y.long()[:, None] + window             # (T, window)
+    seen = torch.stack([F.pad(a, [half + 1] * 4)[r + half + 1][:, c + half + 1]
+                        for a, r, c in zip(alpha, rows, cols)])
+    dx, dy = cols + .5 - x[:, None], rows + .5 - y[:, None]
+
+    def nearest(name, frames, turns):
+        """The least error over angles of a shape, and the angle, in each of some frames."""
+        unit = cover_of(name, *torch.meshgrid(*[torch.arange(-20, 21.)] * 2, indexing="xy"),
+                        torch.tensor(15.)).sum()
+        r = 15 * (area[frames] / unit).sqrt()[:, None, None, None]
+        theta = torch.arange(turns) / turns * PERIOD[name]
+        cos, sin = theta.cos()[:, None, None], theta.sin()[:, None, None]
+        p, q = dx[frames][:, None, None, :], dy[frames][:, None, :, None]
+        template = cover_of(name, cos * p + sin * q, cos * q - sin * p, r)  # (n, turns, side, side)
+        errors = (template - seen[frames, None]).square().mean((2, 3))
+        return errors.amin(1), theta[errors.argmin(1)]
+
+    some = torch.arange(0, T, 4)
+    errors = {name: nearest(name, some, 12)[0].sum().item() for name in SHAPES}
+    angle = nearest(shape, torch.arange(T), 24)[1].double().numpy()
+    if PERIOD[shape]:                                   # the shortest way from frame to frame
+        angle = np.unwrap(angle, period=PERIOD[shape])
+    path = np.stack([x.double().numpy(), y.double().numpy(), angle], 1)
+    return in_frame, min(errors, key=errors.get), path, alpha
+
+def count_regions(mask, least):
+    """Connected regions (corners connect) of `least` pixels or more in each mask (T, S, S) -> (T,)."""
+    T, S, _ = mask.shape
+    label = torch.arange(1., S * S + 1).view(1, S, S) * mask
+    while not torch.equal(spread := F.max_pool2d(label, 3, 1, 1) * mask, label):
+        label = spread                                  # the largest spreads over its region
+    sizes = torch.zeros(T, S * S + 1)
+    sizes.scatter_add_(1, label.flatten(1).long(), mask.float().flatten(1))
+    return (sizes[:, 1:] >= least).sum(1)
+
+# ---------------------------------------------------------------- fitting the named motion
+
+def least_squares(bases, target):
+    """The best of some bases (n, P) for a target (n,): RMS error, coefficients (P,), index."""
+    basis = np.stack(bases)                                             # (K, n, P)
+    coefficients = np.linalg.pinv(basis) @ target                       # (K, P)
+    rms = np.sqrt(np.mean((np.einsum("knp,kp->kn", basis, coefficients) - target) ** 2, 1))
+    best = int(rms.argmin())
+    return rms[best], coefficients[best], best
+
+def in_range(value, low, high, slack=.3):
+    return low * (1 - slack) <= value <= high * (1 + slack)
+
+def fit_motion(kind, phrase, path, size, radius=.145):
+    """Fits the family of a named motion to a tracked path (T, 3).
+
+    Returns the RMS error in px of a coordinate (for a spin with the angle's, at the sprite's edge);
+    whether the motion is as named: an error below 2.5% of the width, the right direction, an amount
+    within 30% of the training range; and that amount: widths travelled, length, radius, turns, or
+    the share of energy that a bounce keeps."""
+    T, words = len(path), phrase.split()
+    tau, one = np.linspace(0, 1, T), np.ones(T)
+    x, y, angle = path[:, 0] / size, path[:, 1] / size, path[:, 2]
+    both, zero = np.concatenate([x, y]), np.zeros(T)
+
+    def planar(*columns):
+        """A basis for x and y together: an offset of each, and columns given as (for x, for y)."""
+        pairs = [(one, zero), (zero, one), *columns]
+        return np.stack([np.concatenate(pair) for pair in pairs], -1)
+
+    speed = words[-1] if words[-1] in TRAVEL else ""
+    word = words[-2] if speed else words[-1]
+    if kind == "move":
+        rms, c, _ = least_squares([planar((tau, zero), (zero, tau))], both)
+        along = c[2] * DIRECTIONS[word][0] + c[3] * DIRECTIONS[word][1]
+        across = abs(c[2] * DIRECTIONS[word][1]) + abs(c[3] * DIRECTIONS[word][0])
+        good, amount = in_range(along, *TRAVEL[speed]) and across < .3 * along, along
+    elif kind == "zigzag":
+        tooth = np.abs((2 * tau + .5) % 1 * 2 - 1)
+        rms, c, _ = least_squares([planar((tau, zero), (zero, tooth))], both)
+        amount = c[2] * DIRECTIONS[word][0]
+        good = in_range(amount, .45, .6) and in_range(c[3], .2, .3)
+    elif kind == "swing":
+        family = [(a, n, p) for a in np.linspace(.5, 1, 11) for n in np.linspace(.6, 1.4, 33)
+                  for p in (0, np.pi)]
+        theta = [a * np.cos(2 * np.pi * n * tau + p) for a, n, p in family]
+        rms, c, best = least_squares([planar((np.sin(t), np.cos(t))) for t in theta], both)
+        amount = c[2]
+        good = in_range(amount, .3, .4) and in_range(family[best][1], .8, 1.2, .15)
+    elif kind == "orbit":
+        sign = 1 if word == "clockwise" else -1
+        theta = [2 * np.pi * n * tau for n in np.linspace(.6, 1.4, 33) * sign]
+        rms, c, _ = least_squares([planar((np.cos(t), np.sin(t)), (-np.sin(t), np.cos(t)))
+                                   for t in theta], both)
+        amount = np.hypot(c[2], c[3])
+        good = in_range(amount, .18, .28)
+    elif kind == "spin":
+        rms, _, _ = least_squares([planar()], both)
+        off, c, _ = least_squares([np.stack([one, tau], -1)], angle)
+        amount = c[1] / (2 * np.pi) * (1 if word == "clockwise" else -1)      # turns
+        rms = np.hypot(rms, off * radius)               # an angle's error, at the sprite's edge
+        good = in_range(amount, *TURNS[speed])
+    elif kind == "fall":
+        family = [(f, e) for f in np.linspace(.25, .5, 26) for e in np.linspace(.5, .9, 9)]
+        rms, c, best = least_squares([planar((zero, bouncing(tau, 0, 1, f, e)))
+                                      for f, e in family], both)
+        good, amount = in_range(c[2], 1 - .4 - .17, 1 - 2 * .12), family[best][1] ** 2
+    return rms * size, bool(good and rms < .025), float(amount)
+
+# ---------------------------------------------------------------- scores of sprite clips
+
+def held_out_clips(n, frames, size, start=HELD_OUT + 10_000):
+    """The first n held-out clips with one sprite on a plain background, from a seed on: video,
+    flow, captions, scenes."""
+    alone = (seed for seed in itertools.count(start)
+             if len(sprite_scene(seed, frames, 0)["sprites"]) == 1)
+    return sprite_clips(list(itertools.islice(alone, n)), frames, size, clutter=0)
+
+def score_clips(video, scenes):
+    """Scores of clips (N, T, 3, S, S) against the scenes that they should show, a dict each:
+
+        detected    something of the named colour and a sprite's size in all frames, no other colour
+        single      one connected region throughout
+        shape       the nearest template is the named shape
+        motion_ok   detected, and its motion is as named (see `fit_motion`)
+        single_motion_ok    all of single and motion_ok: two sprites may move as named together
+        error       distance from the fitted path in px, of those detected
+        speed       whether the named speed is the nearest, of moves and spins
+        energy      share of the energy that a bounce keeps, of falls that are motion_ok
+
+    None where a score does not apply. Of several samples of the scenes (all first ones come first),
+    the mean."""
+    rows = []
+    for clip, scene in zip(video, itertools.cycle(scenes)):
+        sprite, S = scene["sprites"][0], clip.shape[-1]
+        kind, word = sprite["kind"], sprite["phrase"].split()[-1]
+        in_frame, shape, path, alpha = track(clip, sprite["colour"], sprite["shape"])
+        error, as_named, amount = fit_motion(kind, sprite["phrase"], path, S)
+        detected = bool(in_frame.all())
+        single = bool((count_regions(alpha > .5, .003 * S * S) == 1).all())
+        speeds = {"move": TRAVEL, "spin": TURNS}.get(kind, {})
+        means = {None: 0, **{name: np.mean(speeds[name]) for name in speeds}}   # None: no motion
+        speed = min(means, key=lambda name: abs(amount - means[name]))
+        motion_ok = as_named and detected
+        rows.append({
+            "kind": kind, "held_out": scene["held_out"], "detected": detected, "single": single,
+            "shape": shape == sprite["shape"], "motion_ok": motion_ok,
+            "single_motion_ok": motion_ok and single, "error": error if detected else None,
+            "speed": detected and speed == (word if word in speeds else "") if speeds else None,
+            "energy": amount if kind == "fall" and motion_ok else None})
+    return [mean_row(rows[i::len(scenes)]) for i in range(len(scenes))]
+
+def mean_row(rows):
+    """The mean of each score over rows of one prompt, of those that have it."""
+    merged = {key: [row[key] for row in rows if row[key] is not None] for key in rows[0]}
+    return {key: None if not values else
+            values[0] if key in ("kind", "held_out") else float(np.mean(values))
+            for key, values in merged.items()}
+
+# ---------------------------------------------------------------- statistics: every number's n
+
+def interval(values, statistic=np.mean, share=False):
+    """[value, low, high]: a statistic and its 95% bootstrap interval over prompts. For a share of
+    prompts (values of 0 and 1), Wilson's score interval: near 0 and 1 a bootstrap is too narrow."""
+    values, rng = np.asarray(values, float), np.random.default_rng(0)
+    if share and np.isin(values, (0, 1)).all():
+        n, p, z = len(values), values.mean(), 1.959964
+        middle, reach = p + z ** 2 / (2 * n), z * np.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
+        ends = np.clip([middle - reach, middle + reach], 0, 1 + z ** 2 / n) / (1 + z ** 2 / n)
+        return [float(p), *ends.tolist()]
+    draws = statistic(values[rng.integers(len(values), size=(2000, len(values)))], axis=1)
+    return [float(statistic(values)), *map(float, np.percentile(draws, [2.5, 97.5]))]
+
+def paired(a, b):
+    """Mean of a - b over prompts, 95% bootstrap interval, and p of a sign-flip permutation test."""
+    difference, rng = np.asarray(a, float) - np.asarray(b, float), np.random.default_rng(0)
+    flipped = (rng.choice([-1, 1], (5000, len(difference))) * difference).mean(1)
+    p = (1 + (np.abs(flipped) >= abs(difference.mean()) - 1e-12).sum()) / 5001
+    return [*interval(difference), float(p)]
+
+def cell(values, scale=1, statistic=np.mean, share=False):
+    """A table's cell, value [low, high], over the clips that have one; and n, if not all do."""
+    have = [value for value in values if value is not None]
+    if not have:
+        return "-"
+    return "{:.{k}f} [{:.{k}f}, {:.{k}f}]".format(
+        *(scale * v for v in interval(have, statistic, share)), k=1 if scale == 100 else 2) \
+        + f", n = {len(have)}" * (len(have) < len(values))
+
+# ---------------------------------------------------------------- metrics of any video (VBench's)
+
+def warp(image, flow):
+    """image (B, 3, H, W) sampled at x + flow(x), flow (B, 2, H, W) in px."""
+    B, _, H, W = image.shape
+    y, x = torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij")
+    at = torch.stack([x, y]).to(flow) + flow
+    at = at.permute(0, 2, 3, 1) * 2 / torch.tensor([W - 1, H - 1]).to(flow) - 1
+    return F.grid_sample(image, at, padding_mode="border", align_corners=True)
+
+def vbench(video, fps, raft, flow=None):
+    """VBench's motion metrics of a video (T, 3, H, W) in [0, 1], by its formulas.
+
+    dynamic: dynamic_degree, by RAFT-small; flicker: temporal_flickering; smooth: motion_smoothness,
+    but odd frames are interpolated by RAFT's flow, not by AMT, so only its order compares with
+    VBench's. None where a video is too short. flow: RAFT's, of frames 1/8 s apart, if known."""
+    def flow_of(frames):
+        return estimate_flow(raft, frames[None])[0, :-1]
+
+    some, even = video[::max(1, round(fps / 8))], video[::2]
+    H, W = video.shape[-2:]
+    dynamic = flicker = smooth = None
+    if len(some) > 1:
+        size = (flow_of(some) if flow is None else flow[:-1]).norm(dim=1).flatten(1)
+        top = size.topk(max(1, int(.05 * H * W)), 1).values.mean(1)
+        dynamic = bool((top > 6 * min(H, W) / 256).sum() >= round(4 * len(some) / 16))
+    if len(video) > 1:
+        flicker = 1 - (video[1:] - video[:-1]).abs().mean().item()
+    if len(even) > 1:                   # halfway between two even frames, from both sides
+        ahead, back = flow_of(even), flow_of(even.flip(0)).flip(0)
+        middle = (warp(even[:-1], -ahead / 2) + warp(even[1:], -back / 2)) / 2
+        smooth = 1 - (video[1::2][:len(middle)] - middle).abs().mean().item()
+    return {"dynamic": dynamic, "flicker": flicker, "smooth": smooth}
+
+VBENCH = {"dynamic": "dynamic degree %", "flicker": "temporal flickering %",
+          "smooth": "motion smoothness %"}

@@ -1,0 +1,277 @@
+"""pytest tests/test_data.py: folders of own videos, reading clips, latents, prefetching."""
+import dataclasses
+import json
+import os
+import time
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, ramp, write_clip
+
+import data
+import train
+from data import Folder, Latents, Prefetcher, Sprites, read_clip
+from flow import RAFT, rgb_to_flow
+from synthetic import HELD_OUT, sprite_clips
+
+CLIPS = ROOT.parent / "shared/clips"
+
+@pytest.fixture(autouse=True)
+def brightness_as_motion(monkeypatch):
+    """Motion without RAFT: fast, and another one for every clip."""
+    monkeypatch.setattr(RAFT, "load", classmethod(lambda cls: torch.nn.Identity()))
+    monkeypatch.setattr(data, "estimate_flow", lambda raft, video: video[:, :, :2] - .5)
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two videos of other sizes and rates: 12 frames at the preset's rate each."""
+    path = tmp_path / "data"
+    (path / "inside").mkdir(parents=True)
+    write_clip(path / "a.mp4", ramp(12), 8)
+    write_clip(path / "inside/b.mp4", ramp(24, 64, 34), 16)
+    return path
+
+@pytest.fixture
+def captioned(folder):
+    (folder / "a.txt").write_text("a")
+    (folder / "inside/b.txt").write_text("b")
+    return folder
+
+def opened(folder, out, preset=TINY):
+    out.mkdir(exist_ok=True)
+    return Folder(folder, preset, None, out / "videos.json", 2)
+
+# ---------------------------------------------------------------- reading clips
+
+@pytest.mark.parametrize("fps, start, count", [(8, 0, 20), (16, 0, 10), (24, 0, 6), (4, 0, 38),
+                                               (8, 7, 12), (16, 3, 6), (25, 3, 3), (20, 1, 4),
+                                               (8, 22, 7)])
+def test_read_clip_shows_what_the_file_shows_at_each_time(tmp_path, fps, start, count):
+    write_clip(tmp_path / "a.mp4", ramp(30), fps)
+    video = read_clip(tmp_path / "a.mp4", start, count, 8, 16)
+    assert video.dtype == torch.uint8 and video.shape == (count, 3, 16, 16)
+    shown = 8 * ((start + torch.arange(count)) * fps / 8).floor()       # ramp: 8 brighter a frame
+    torch.testing.assert_close(video.float().mean((1, 2, 3)), shown, atol=3, rtol=0)
+
+def test_read_clip_takes_the_middle_square(tmp_path):
+    frames = np.zeros((8, 32, 64, 3), np.uint8)
+    frames[:, :, 16:48] = 200                               # what is beside it is black
+    write_clip(tmp_path / "a.mp4", frames, 8)
+    video = read_clip(tmp_path / "a.mp4", 0, 4, 8, 16).float()
+    torch.testing.assert_close(video[..., 2:-2], torch.full_like(video[..., 2:-2], 200), atol=4,
+                               rtol=0)
+
+def test_read_clip_refuses_what_cannot_be_decoded(tmp_path):
+    write_clip(tmp_path / "a.mp4", ramp(12), 8)
+    (tmp_path / "cut.mp4").write_bytes((tmp_path / "a.mp4").read_bytes()[:500])
+    for name, start in (("cut.mp4", 0), ("a.mp4", 40)):
+        with pytest.raises(ValueError, match="frames can be decoded from"):
+            read_clip(tmp_path / name, start, 5, 8, 16)
+
+@pytest.mark.skipif(not CLIPS.is_dir(), reason="the real clips are not part of the project")
+def test_real_clips_are_read_to_their_end(tmp_path):
+    dataset = opened(CLIPS, tmp_path)
+    seconds = {"cityCC0.mpg": 190 / 25, "bikes.mp4": 250 / 25, "cockatoo.mp4": 280 / 20}
+    assert dataset.videos.keys() == seconds.keys()
+    for name, video in dataset.videos.items():
+        assert abs(video["frames"] - 8 * seconds[name]) <= 1
+        clip = read_clip(CLIPS / name, video["frames"] - 6, 5, 8, 32).float()
+        assert clip.std() > 20 and (clip[1:] - clip[:-1]).abs().mean() > .2
+
+# ---------------------------------------------------------------- what a folder holds
+
+LAYOUTS = {
+    "metadata.csv": {"metadata.csv": 'file_name,text,x\na.mp4,"one, with a comma",1\n'
+                                     "inside/b.mp4,é,2\n"},
+    "metadata.jsonl": {"metadata.jsonl": '{"file_name": "a.mp4", "caption": "one, with a comma"}\n'
+                                         '\n{"file_name": "inside/b.mp4", "caption": "é"}\n'},
+    "videos.txt and prompts.txt": {"videos.txt": "a.mp4\ninside/b.mp4\n",
+                                   "prompts.txt": "one, with\u2028a comma\né\n"},
+    "a .txt beside each video": {"a.txt": "one, with a comma", "inside/b.txt": "é"},
+}
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_same_clips(folder, tmp_path, layout, capfd):
+    for name, text in LAYOUTS[layout].items():
+        (folder / name).write_text(text)
+    dataset = opened(folder, tmp_path / "run")
+    assert f"2 videos ({layout}), 2 used, 3 s, 0 skipped" in "".join(capfd.readouterr())
+    keys = dataset.keys(100)
+    assert len(keys) == 8 + 8 and len(set(keys)) == 16 and set(keys) == set(dataset.order)
+    assert set(dataset.keys(3)) < set(keys) and len(dataset.keys(3)) == 6
+    video, captions, _, skipped = dataset.read(keys)
+    motion = dataset.motion(video)
+    assert video.shape == motion.shape == (16, 5, 3, 16, 16) and not skipped
+    assert captions == ["one, with a comma"] * 8 + ["é"] * 8
+    for (name, start, _), clip, flow in zip(keys, video, motion):
+        frames = (2 if name.endswith("b.mp4") else 1) * (start + torch.arange(5.))
+        torch.testing.assert_close(clip.mean((1, 2, 3)) * 255, 8 * frames, atol=3, rtol=0)
+        torch.testing.assert_close(rgb_to_flow(flow)[:, 0], clip[:, 0] - .5, atol=.05, rtol=0)
+
+def test_files_of_other_editors_and_names_of_any_bytes_are_read(folder, tmp_path, capfd):
+    """A byte-order mark, a name that is not UTF-8, one longer than a file's can be; two lines."""
+    name = os.fsdecode(b"\xe9.mp4")
+    (folder / "a.mp4").rename(folder / name)
+    (folder / "metadata.csv").write_bytes(b"\xef\xbb\xbffile_name,text\n"
+                                          b"./\xe9.mp4,\" one\ntwo\n\"\n"
+                                          + b"long" * 100 + b".mp4,two\n")
+    dataset = opened(folder, tmp_path / "run")
+    assert [(key[0], dataset.caption(key, None)) for key in dataset.keys(1)] == [
+        (f"./{name}", "one two")]
+    printed = "".join(capfd.readouterr())
+    assert "skipped 1: no such file" in printed
+    assert "skipped 1: not in metadata.csv: inside/b.mp4" in printed
+
+def test_every_video_is_used_or_skipped_with_its_reason(folder, tmp_path, capfd):
+    good = (folder / "a.mp4").read_bytes()
+    names = {"a.mp4": None, "long.mp4": None, "odd.gif": None, "empty.mp4": "an empty file",
+             "text.mp4": "cannot be decoded", "cut.mp4": "cannot be decoded",
+             "one.mp4": "too short", "silent.mp4": "no caption", "blank.mp4": "no caption",
+             "latin.mp4": "its caption is not UTF-8", "link.mp4": "no such file",
+             "inside/b.mp4": "no caption"}
+    iio.imwrite(folder / "odd.gif", ramp(12, 33, 21), duration=125)
+    for name in ("long", "silent", "blank", "latin"):
+        (folder / f"{name}.mp4").write_bytes(good)
+    (folder / "empty.mp4").write_bytes(b"")
+    (folder / "text.mp4").write_text("hello world")
+    (folder / "cut.mp4").write_bytes(good[:500])
+    write_clip(folder / "one.mp4", ramp(1), 8)
+    (folder / "link.mp4").symlink_to(folder / "nowhere.mp4")
+    for name in names.keys() - {"silent.mp4", "inside/b.mp4"}:
+        (folder / name).with_suffix(".txt").write_text("a caption")
+    (folder / "long.txt").write_text("word " * 2000)
+    (folder / "blank.txt").write_text(" \n")
+    (folder / "latin.txt").write_bytes("é".encode("latin-1"))
+    dataset = opened(folder, tmp_path / "run")
+    printed = "".join(capfd.readouterr())
+    assert "12 videos (a .txt beside each video), 3 used, 4 s, 9 skipped" in printed
+    listing = json.loads((tmp_path / "run/videos.json").read_text())
+    assert listing.keys() == names.keys()
+    for name, reason in names.items():
+        assert ("frames" in listing[name]) == (reason is None)
+        assert reason is None or listing[name]["reason"].startswith(reason) and reason in printed
+    assert not dataset.read(dataset.keys(2))[3]
+
+def test_only_changed_videos_are_opened_again(captioned, tmp_path, monkeypatch):
+    opened_now, original = [], data.open_video
+    monkeypatch.setattr(data, "open_video", lambda path, **options: (
+        opened_now.append(os.path.basename(path)), original(path, **options))[1])
+    first = opened(captioned, tmp_path / "run").videos
+    assert sorted(opened_now) == ["a.mp4", "b.mp4"] and len(first) == 2
+    write_clip(captioned / "a.mp4", ramp(13), 8)
+    again = opened(captioned, tmp_path / "run").videos
+    assert opened_now[2:] == ["a.mp4"]
+    assert [again[name]["frames"] for name in ("a.mp4", "inside/b.mp4")] == [13, 12]
+    slow = opened(captioned, tmp_path / "run", dataclasses.replace(TINY, fps=4)).videos
+    assert [slow[name]["frames"] for name in ("a.mp4", "inside/b.mp4")] == [6, 6]
+
+def test_training_replaces_a_video_that_breaks_off(captioned, tmp_path, monkeypatch):
+    original = data.read_clip
+
+    def breaks_off(path, *rest):
+        if path.name == "a.mp4":
+            raise ValueError("2 of 5 frames can be decoded")
+        return original(path, *rest)
+
+    monkeypatch.setattr(data, "read_clip", breaks_off)
+    dataset = opened(captioned, tmp_path / "run")
+    video, captions, _, _ = dataset.training(range(20))
+    assert len(video) == 20 and set(captions) == {"b"}
+    video, captions, _, skipped = dataset.read(dataset.keys(2))
+    assert captions == ["b", "b"] and set(skipped.values()) == {"2 of 5 frames can be decoded"}
+
+def test_flow_is_cached_for_fewer_clips_than_a_batch_has(captioned, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "CACHE_BYTES", 3 * 5 * 3 * 16 * 16)
+    dataset = opened(captioned, tmp_path / "run")
+    assert dataset.room == 3
+    for indices in ([0, 1, 2, 3, 4, 5], [5, 0, 6, 7], [5, 5]):
+        video, _, keys, _ = dataset.training(indices)
+        torch.testing.assert_close(dataset.motion(video, keys), dataset.motion(video), atol=.01,
+                                   rtol=0)
+
+@pytest.mark.parametrize("files, complaint", [
+    ({"metadata.csv": ""}, "needs rows with file_name and one of text, caption, prompt"),
+    ({"metadata.csv": "name,text\na.mp4,x\n"}, "needs rows"),
+    ({"metadata.csv": "file_name;text\na.mp4;x\n"}, "prompt, has 'file_name;text'"),
+    ({"metadata.csv": "file_name,text\na.mp4,one, two\n"}, "row 1: more fields than in the"),
+    ({"metadata.csv": 'file_name,text\na.mp4,"one\ninside/b.mp4,x\n'},
+     "csv: row 1: unexpected end"),
+    ({"metadata.jsonl": "\n{}\n{\n"}, "metadata.jsonl: row 2: Expecting"),
+    ({"metadata.jsonl": "[1]\n"}, "metadata.jsonl: row 1: must be an object"),
+    ({"videos.txt": "a.mp4\n", "prompts.txt": "x\ny\n"}, "videos.txt has 1 lines, prompts.txt"),
+    ({"metadata.csv": "file_name,text\nbroken.mp4,x\n"}, "none of its 3 videos can be used")])
+def test_a_folder_without_clips_is_refused(folder, tmp_path, files, complaint):
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    with pytest.raises(ValueError, match=complaint):
+        opened(folder, tmp_path / "run")
+
+def test_an_empty_folder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no videos in it, nor metadata"):
+        opened(tmp_path, tmp_path / "run")
+
+# ---------------------------------------------------------------- sprites, latents, prefetching
+
+def test_sprites_hold_out_their_evaluation_clips():
+    dataset = Sprites(TINY, .2)
+    video, _, captions, _ = sprite_clips(range(HELD_OUT, HELD_OUT + 3), 5, 16, .2)
+    assert torch.equal(dataset.held_out(3)[0], video) and dataset.held_out(3)[1] == captions
+    assert torch.equal(dataset.training([7])[0], sprite_clips([7], 5, 16, .2)[0])
+    assert dataset.keys(3) == [0, 1, 2]
+
+def test_latents_follow_the_captions_of_now_and_leave_out_lost_clips(captioned, tmp_path):
+    dataset = opened(captioned, tmp_path / "run")
+    keys = dataset.keys(2)                                  # two of a, then two of b
+    for s, part in enumerate((keys[:3], keys[3:])):
+        values = np.arange(len(part), dtype=np.float16).reshape(-1, 1, 1, 1, 1) + 10 * s
+        for kind in "xd":
+            np.save(tmp_path / f"run/{s:06d}.{kind}.npy", values + (kind == "d"))
+        (tmp_path / f"run/{s:06d}.json").write_text(json.dumps(
+            {"keys": part, "captions": ["old"] * len(part), "skipped": {}}))
+    (captioned / "b.mp4").unlink(missing_ok=True)
+    latents = Latents(tmp_path / "run", dataset)
+    assert latents.captions == ["a", "a", "b", "b"]
+    x, d, _ = latents.batch([3, 1], 24)
+    assert x.flatten().tolist() == [10, 1] and d.flatten().tolist() == [11, 2]
+    (captioned / "a.txt").write_text("another")
+    assert Latents(tmp_path / "run", opened(captioned, tmp_path / "run")).captions == [
+        "another", "another", "b", "b"]
+    write_clip(captioned / "a.mp4", ramp(40), 8)            # another video under an old name
+    latents = Latents(tmp_path / "run", opened(captioned, tmp_path / "run"))
+    assert latents.captions == ["b", "b"]
+    assert latents.batch([0, 1], 24)[0].flatten().tolist() == [2, 10]
+    (tmp_path / "run/000001.x.npy").write_bytes(b"")
+    with pytest.raises(ValueError, match="x.npy: damaged or gone: delete 000001.json beside it"):
+        Latents(tmp_path / "run", dataset).batch([3], 24)
+
+def test_prefetcher_keeps_the_order_and_works_ahead():
+    loaded = []
+
+    def load(item):
+        time.sleep(.02 * (item % 3 == 0))
+        loaded.append(item)
+        return item ** 2
+
+    results = iter(Prefetcher(load, range(9), workers=2))
+    assert next(results) == 0 and next(results) == 1
+    time.sleep(.1)
+    assert 2 < len(loaded) < 7                              # ahead, but not all of it
+    assert list(results) == [n ** 2 for n in range(2, 9)]
+
+def test_a_folder_goes_through_all_stages(captioned, tmp_path, run, monkeypatch):
+    monkeypatch.setitem(train.PRESETS, "tiny", TINY)
+    monkeypatch.setitem(train.DEFAULTS, "tiny", {"tae": (1, 1e-3, 4), "encode": (8, 0, 8),
+                                                 "base": (1, 1e-3, 4), "jam": (1, 1e-3, 4)})
+    monkeypatch.setattr(train, "WHITENING_CLIPS", 8)
+    out = tmp_path / "run"
+    flags = ("--preset", "tiny", "--no-compile", "--device", "cpu", "--out", out, "--data")
+    code, printed, err = run(train.main, *flags, captioned)
+    assert code == 0 and "encode: 16 of 16 clips are there" in printed, err
+    write_clip(captioned / "c.mp4", ramp(12), 8)            # new videos join, the others stay
+    (captioned / "c.txt").write_text("c")
+    before = {path: path.read_bytes() for path in (out / "latents").glob("0*")}
+    code, printed, err = run(train.main, *flags, captioned, "--stage", "encode")
+    assert code == 0 and "encode: 24 clips in 2 shards, 1 to do" in printed, err
+    assert all(path.read_bytes() == content for path, content in before.items())

@@ -1,0 +1,58 @@
+"""train.py with a tiny preset, for tests that start processes: python tests/tiny_train.py FLAGS.
+
+Environment: TINY_STEPS and TINY_CLIPS are the stages' and encode's steps. TINY_PHASE names a file
+that always says what the run is at: "encode", "step" or "save", the writing of a checkpoint."""
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+import torch
+from conftest import TINY
+
+import common
+import train
+
+def told(phase, name, function, after="step"):
+    """The function, telling before and after a call what the run is at."""
+    def call(*args, **options):
+        phase.write_text(name)
+        result = function(*args, **options)
+        phase.write_text(after)
+        return result
+    return call
+
+def tell_phases(phase):
+    with open(f"{phase}.ranks", "a") as file:
+        file.write(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT')} {os.getpid()}\n")
+    train.CHECKPOINT_SECONDS = .3
+    train.encode = told(phase, "encode", train.encode)
+    train.train_loop = told(phase, "step", train.train_loop)
+    train.Run.save = told(phase, "save", train.Run.save)
+
+def use_tiny_preset(steps, clips):
+    stage = steps, 1e-3, 4
+    train.PRESETS["tiny"], train.SHARD, train.WHITENING_CLIPS = TINY, 16, 32
+    train.DEFAULTS["tiny"] = {"tae": stage, "encode": (clips, 0, 8), "base": stage, "jam": stage}
+    # previews stay empty; and fp32, because sums in another order would show after bf16 products
+    train.VideoJAM.generate = lambda *_, **__: (torch.zeros(8, 5, 3, 16, 16), None)
+    train.write_video = lambda path, *_: None
+    common.fast_dtype = lambda device: torch.float32
+
+def use_large_preset():
+    """The paper's 4b with two blocks of 32, one step a stage: it fits on one GPU."""
+    preset = train.PRESETS["4b"]
+    train.PRESETS["tiny"] = dataclasses.replace(preset, dit=dataclasses.replace(preset.dit, depth=2))
+    train.DEFAULTS["tiny"] = {"encode": (4, 0, 1), **dict.fromkeys(("tae", "base", "jam"),
+                                                                    (1, 1e-4, 2))}
+    train.SHARD, train.WHITENING_CLIPS = 2, 1
+
+if __name__ == "__main__":
+    if "TINY_LARGE" in os.environ:
+        use_large_preset()
+    else:
+        use_tiny_preset(int(os.environ["TINY_STEPS"]), int(os.environ["TINY_CLIPS"]))
+    if "TINY_PHASE" in os.environ:
+        tell_phases(Path(os.environ["TINY_PHASE"]))
+    sys.argv[0] = "train.py"
+    common.report_errors(train.main)
