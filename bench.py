@@ -417,7 +417,7 @@ def speed_tasks(preset, B, device):
     clips = max(1, min(8, 2 ** 19 // (preset.frames * preset.size ** 2)))       # 8 of the toy's
     video = sprite_clips(range(clips), preset.frames, preset.size)[0].to(device)
     tae, raft, times = TAE(preset.tae).to(device), RAFT.load().to(device), linear_quadratic(4)
-    tasks["TAE, encode"] = autocast(device)(lambda: tae.encode(video)), clips
+    tasks["TAE, encode"] = torch.no_grad()(autocast(device)(lambda: tae.encode(video))), clips
     tasks["RAFT, a pair of frames"] = lambda: estimate_flow(raft, video[:1]), preset.frames - 1
     x, text, times = torch.randn(B, *shape, device=device), y.to(device), times.to(device)
     for mode in ("none", "cfg", "inner"):
@@ -440,8 +440,7 @@ def speed(args):
         turns.append([])
         for function, _ in tasks.values():
             start = time.perf_counter()
-            with torch.set_grad_enabled(function.__name__ == "step"):
-                function()
+            function()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             turns[-1].append(time.perf_counter() - start)
@@ -599,12 +598,12 @@ BY_ITSELF = {"metrics": metrics, "generate": generate, "rate": rate, "votes": vo
 def parse():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
-    flag("experiment", nargs="?", choices=[*EXPERIMENTS, *BY_ITSELF], help="default: all, and speed")
+    flag("experiment", nargs="?", choices=[*EXPERIMENTS, *BY_ITSELF], help="default: all, speed")
     flag("paths", nargs="*", help="of metrics, generate, rate and votes")
     flag("--run", help="folder of a training run; default: the shipped weights")
     flag("--also", nargs="*", type=Path, help="other runs, a row each in the ablation")
     flag("--n", type=positive_int, help="prompts (default: 50, 16 with --quick)")
-    flag("--which", choices=("jam", "base", "control"), default="jam", help="the model of `generate`")
+    flag("--which", choices=("jam", "base", "control"), default="jam", help="generate: its model")
     flag("--seeds", type=positive_int, default=1, help="samples of each prompt, which are averaged")
     flag("--steps", type=positive_int, help="of the sampler (default: 100, 25 with --quick; "
          "sdedit's and motivation's are those of 100)")

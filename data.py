@@ -3,12 +3,12 @@
 A dataset, `Sprites` or `Folder`, has clips under keys:
 
     keys(n)             what encode takes: n clips of the sprite world, or of each video
-    read(keys)          -> video (n, T, 3, H, W) in [0, 1], captions, what `motion` takes, {key: why
-                        it was skipped}
-    motion(video, ...)  -> RGB flow (n, T, 3, H, W) in [0, 1], Eq. 5
-    training(indices)   clips 0, 1, 2, ... of the TAE's training, as `read` gives them
-    held_out(n)         clips for previews
-    caption(key, old)   a clip's caption as it is now; None if its video is gone or has changed
+    read(keys)          video (n, T, 3, H, W) in [0, 1], captions, what `motion` takes, {key: why it
+                        was skipped}
+    motion(video, ...)  RGB flow (n, T, 3, H, W) in [0, 1], Eq. 5
+    training(indices)   clips 0, 1, 2, ... of the TAE's training, as `read`
+    held_out(n)         clips for previews, as `read`
+    caption(key, old)   a clip's caption of now; None if its video is gone or has changed
 """
 import collections
 import concurrent.futures
@@ -33,19 +33,16 @@ from videojam import tokenize
 
 SUFFIXES = {".mp4", ".mov", ".webm", ".avi", ".gif", ".mkv", ".m4v", ".mpg", ".mpeg"}
 CAPTION_COLUMNS = ("text", "caption", "prompt")
-SAVE_SECONDS = 60                       # how often the listing of a large folder is saved
-CACHE_BYTES = 2 ** 28                   # of decoded clips, which the TAE's training sees again
+CACHE_BYTES = 2 ** 28                   # of decoded clips, and of their flow
 
 # ---------------------------------------------------------------- a folder of videos
 
 def open_text(path):
-    """Text of any editor: a byte-order mark is skipped, other bytes become lone surrogates, and
-    only newlines end a line."""
+    """Text of any editor: without a byte-order mark, bytes that are not UTF-8 as surrogates."""
     return open(path, newline="", encoding="utf-8-sig", errors="surrogateescape")
 
 def read_metadata(path):
-    """[(file name, caption), ...] of a metadata.csv or .jsonl: Hugging Face's videofolder. ValueError
-    names the row or the columns that are wrong."""
+    """[(file name, caption), ...] of a metadata.csv or .jsonl, as Hugging Face's videofolder."""
     rows = []
     try:
         with open_text(path) as file:
@@ -59,7 +56,7 @@ def read_metadata(path):
                 rows.append(row)
     except (csv.Error, ValueError) as error:
         raise ValueError(f"{path}: row {len(rows) + 1}: {getattr(error, 'msg', error)}") from None
-    names = {name: None for row in rows for name in row}
+    names = list(dict.fromkeys(name for row in rows for name in row))
     column = next((name for name in CAPTION_COLUMNS if name in names), None)
     if not column or "file_name" not in names:
         raise ValueError(f"{path}: needs rows with file_name and one of "
@@ -68,16 +65,16 @@ def read_metadata(path):
     return [(str(row.get("file_name") or ""), row.get(column)) for row in rows]
 
 def find_videos(folder):
-    """What a folder offers: the layout's name and [(file name, caption or None), ...]. Layouts:
-    metadata.csv or metadata.jsonl (file_name and text, caption or prompt); prompts.txt and
-    videos.txt, line by line; or a .txt beside each video, in folders inside the folder too."""
+    """What a folder offers: its layout's name and [(file name, caption or None), ...]. Layouts:
+    metadata.csv or metadata.jsonl; prompts.txt and videos.txt, line by line; or a .txt beside each
+    video, in folders inside the folder too."""
     folder = Path(folder)
     for path in (folder / "metadata.csv", folder / "metadata.jsonl"):
         if path.is_file():
             return path.name, read_metadata(path)
     if (folder / "prompts.txt").is_file() and (folder / "videos.txt").is_file():
-        with open_text(folder / "videos.txt") as names, open_text(folder / "prompts.txt") as texts:
-            names, texts = ([line.rstrip("\r\n") for line in file] for file in (names, texts))
+        names, texts = ([line.rstrip("\r\n") for line in open_text(folder / name)]
+                        for name in ("videos.txt", "prompts.txt"))
         if len(names) != len(texts):
             raise ValueError(f"{folder}: videos.txt has {len(names)} lines, prompts.txt has "
                              f"{len(texts)}: one caption a video")
@@ -91,8 +88,8 @@ def find_videos(folder):
     return "a .txt beside each video", found
 
 def examine(path, caption, preset, known):
-    """{caption, stamp, frames at the preset's rate} of a video; or `known`, the result of an earlier
-    call, if nothing has changed. ValueError says why a video cannot be used."""
+    """{caption, stamp, frames at the preset's rate} of a video; or `known`, an earlier result, if
+    nothing has changed. ValueError says why a video cannot be used."""
     caption = " ".join(caption.split()) if isinstance(caption, str) else ""
     if not caption:
         raise ValueError("no caption")
@@ -119,8 +116,8 @@ def examine(path, caption, preset, known):
     return {**entry, "frames": frames}
 
 def read_clip(path, start, frames, fps, size):
-    """(frames, 3, size, size) uint8 of a video file. Frame k is what the file shows at (start + k) /
-    fps seconds, scaled, its middle square. ValueError where it cannot be decoded."""
+    """(frames, 3, size, size) uint8: frame k is what the file shows at (start + k) / fps seconds,
+    scaled, its middle square. ValueError where it cannot be decoded."""
     # ffmpeg seeks two seconds ahead, to know what is shown at the start. Some decoders need the
     # file's first frame, and show grey and green without it: then from the beginning
     for lead, strict in ((min(start, 2 * fps), ["-xerror", "-err_detect", "explode"]), (start, [])):
@@ -175,8 +172,8 @@ class Sprites:
         return flow_to_rgb(flow, self.preset.sigma)
 
 class Folder:
-    """A folder of videos, their flow by RAFT. A key is (file name, first frame, file size in bytes):
-    a file of another size is another video. `listing` is the file in which it keeps what it found."""
+    """A folder of videos, their flow by RAFT. A key is (file name, first frame, file size): a file
+    of another size is another video. `listing`: the file in which it says what it found."""
     def __init__(self, folder, preset, raft, listing, workers):
         self.folder, self.preset, self.raft = Path(folder), preset, raft
         if rank() == 0:
@@ -186,17 +183,17 @@ class Folder:
         self.videos = {name: entry for name, entry in entries.items() if "frames" in entry}
         if not self.videos:
             raise ValueError(f"{folder}: none of its {len(entries)} videos can be used")
-        self.room = CACHE_BYTES // (preset.frames * 3 * preset.size ** 2)
-        self.flow_cache, self.read_cached = {}, functools.lru_cache(self.room)(self.read_one)
+        # the TAE's training sees clips again
+        cached = functools.lru_cache(CACHE_BYTES // (preset.frames * 3 * preset.size ** 2))
+        self.read_cached, self.flow_cached = cached(self.read_one), cached(self.flow_of)
         # hash order, so that the clips of added videos interleave
         self.order = sorted(self.keys(64), key=lambda key: zlib.crc32(repr(key).encode()))
 
     def examine_all(self, path, workers):
-        """Writes {name: {caption, stamp, frames} or {reason}} and prints a summary. Videos that were
-        used last time, and have not changed, are not opened again."""
+        """Writes {name: {caption, stamp, frames} or {reason}} and prints a summary. Only videos
+        that have changed since the last time are opened."""
         layout, found = find_videos(self.folder)
-        before = read_json(path) if path.is_file() else {}
-        listing, saved = {}, time.time()
+        before, listing = read_json(path) if path.is_file() else {}, {}
 
         def entry(name, caption):
             try:
@@ -212,18 +209,15 @@ class Folder:
                 elif name in listing:
                     name, one = f"{name} (row {row})", {"reason": "listed twice"}
                 listing[name] = one
-                if time.time() - saved > SAVE_SECONDS:      # so that a killed run can go on
-                    write_text(path, json.dumps({**before, **listing}))
-                    saved = time.time()
         listed = {os.path.normpath(self.folder / name) for name, _ in found}
         for other in sorted(self.folder.rglob("*")):
             if other.suffix.lower() in SUFFIXES and os.path.normpath(other) not in listed:
                 listing[str(other.relative_to(self.folder))] = {"reason": f"not in {layout}"}
         write_text(path, json.dumps(listing, indent=1))
         used = [one for one in listing.values() if "frames" in one]
-        seconds = sum(one["frames"] for one in used) / self.preset.fps
         print0(f"{self.folder}: {len(listing)} videos ({layout}), {len(used)} used, "
-               f"{seconds:.0f} s, {len(listing) - len(used)} skipped")
+               f"{sum(one['frames'] for one in used) / self.preset.fps:.0f} s, "
+               f"{len(listing) - len(used)} skipped")
         print_skipped({name: one["reason"] for name, one in listing.items() if "reason" in one})
 
     def keys(self, n):
@@ -240,18 +234,22 @@ class Folder:
         video = self.videos.get(name)
         return video["caption"] if video and video["stamp"][0] == size else None
 
-    def read_one(self, name, start):
+    def read_one(self, key):
+        name, start, _ = key
         return read_clip(self.folder / name, start, self.preset.frames, self.preset.fps,
                          self.preset.size)
 
+    def flow_of(self, key):
+        return (self.motion(self.read_cached(key)[None] / 255)[0] * 255).round().byte().cpu()
+
     def read(self, keys):
         videos, captions, skipped = [], [], {}
-        for name, start, size in keys:
+        for key in map(tuple, keys):
             try:
-                videos.append(self.read_one(name, start))
-                captions.append(self.videos[name]["caption"])
+                videos.append(self.read_one(key))
+                captions.append(self.videos[key[0]]["caption"])
             except ValueError as error:
-                skipped[name, start, size] = str(error)
+                skipped[key] = str(error)
         shape = self.preset.frames, 3, self.preset.size, self.preset.size
         video = torch.stack(videos) / 255 if videos else torch.zeros(0, *shape)
         return video, captions, None, skipped
@@ -262,12 +260,11 @@ class Folder:
             for k in range(len(self.order)):
                 key = self.order[(i + k) % len(self.order)]
                 with contextlib.suppress(ValueError):
-                    return key, self.read_cached(*key[:2])
+                    return key, self.read_cached(key)
             raise ValueError(f"{self.folder}: none of its videos can be decoded")
 
         keys, videos = zip(*map(first, indices))
-        captions = [self.videos[name]["caption"] for name, _, _ in keys]
-        return torch.stack(videos) / 255, captions, keys, {}
+        return torch.stack(videos) / 255, [self.videos[key[0]]["caption"] for key in keys], keys, {}
 
     def held_out(self, n):                      # few videos: previews show clips of the training
         return self.training(range(n))
@@ -276,30 +273,24 @@ class Folder:
         """The flow of clips from `training`, which have keys, is cached."""
         if keys is None:
             return flow_to_rgb(estimate_flow(self.raft, video), self.preset.sigma)
-        clips = []
-        for key, clip in zip(keys, video):
-            if key not in self.flow_cache:
-                self.flow_cache[key] = (self.motion(clip[None])[0] * 255).round().byte().cpu()
-            clips.append(self.flow_cache[key])
-        while len(self.flow_cache) > self.room:
-            self.flow_cache.pop(next(iter(self.flow_cache)))
-        return torch.stack(clips).to(video.device) / 255
+        return torch.stack([self.flow_cached(key) for key in keys]).to(video.device) / 255
 
 def read_photos(folder):
     """The images of a folder, (3, H, W) uint8, sides of 64 px at least. ValueError if none."""
     photos = []
     for path in sorted(Path(folder).glob("*")):
         with contextlib.suppress(ValueError):
-            image = read_image(path)
-            if min(image.shape[1:]) >= 64:
-                photos.append((image * 255).round().byte())
+            photos.append((read_image(path) * 255).round().byte())
+    photos = [photo for photo in photos if min(photo.shape[1:]) >= 64]
     if not photos:
         raise ValueError(f"{folder}: no images of 64 px or more in it")
     return photos
 
+# ---------------------------------------------------------------- latents, prefetching
+
 class Latents:
-    """What the encode stage wrote, memory-mapped: x, d (C, T', H', W') and the caption of each clip.
-    Captions are the dataset's of now; clips whose video is gone or has changed are left out."""
+    """What encode wrote, memory-mapped: x, d (C, T', H', W') and the caption of each clip. Captions
+    are the dataset's of now; clips whose video is gone or has changed are left out."""
     def __init__(self, folder, dataset):
         self.folder, self.captions, self.places, self.skipped = folder, [], [], {}
         self.shards = sorted(path.stem for path in folder.glob("[0-9]*.json"))

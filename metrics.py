@@ -72,7 +72,7 @@ def track(video, colour, shape):
     return in_frame, min(errors, key=errors.get), path, alpha
 
 def count_regions(mask, least):
-    """Connected regions (corners connect) of `least` pixels or more in each mask (T, S, S) -> (T,)."""
+    """How many connected regions of `least` pixels or more masks (T, S, S) have, (T,)."""
     T, S, _ = mask.shape
     label = torch.arange(1., S * S + 1).view(1, S, S) * mask
     while not torch.equal(spread := F.max_pool2d(label, 3, 1, 1) * mask, label):

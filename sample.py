@@ -37,7 +37,7 @@ def parse():
                         help="default: inner (Eq. 8), or cfg for a model without motion")
     parser.add_argument("--motion", action="store_true", help="show the predicted motion too")
     parser.add_argument("--compare", action="store_true", help="base model beside VideoJAM")
-    parser.add_argument("--upscale", type=positive_int, help="enlarge by this (default: to about 256 px)")
+    parser.add_argument("--upscale", type=positive_int, help="factor (default: to about 256 px)")
     parser.add_argument("--device", help="default: a GPU if there is one")
     return parser.parse_args()
 

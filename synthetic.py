@@ -357,7 +357,7 @@ class Outline:
         return (.5 - distance).clamp(0, 1) * self.present
 
 def photographic_effects(random, frames):
-    """Frames (2, n, 3, size, size): light and contrast of frame 2 change, blur, noise; in [0, 1]."""
+    """Light and contrast change in frame 2, blur, noise: frames (2, n, 3, size, size) in [0, 1]."""
     size, uniform, chance = random.size, random.uniform, random.chance
     lit = chance(.4).unsqueeze(-1)
     uneven = F.interpolate(uniform(-.2, .2, 1, 2, 2), (size, size), mode="bilinear")

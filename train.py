@@ -57,7 +57,7 @@ from flow import RAFT, estimate_flow, flow_to_rgb, upsample
 from synthetic import HELD_OUT, flow_scenes, sprite_clips, training_pairs
 from videojam import (PAD, PRESETS, TAE, DiT, Noise, VideoJAM, flow_matching_loss, initialize,
                       joint_loss, read_model_file, sample_noise, set_activation_checkpointing,
-                      tae_loss, token_row, tokenize, truncate, widen)
+                      tae_loss, token_row, tokenize, widen)
 
 STAGES = ("tae", "encode", "base", "jam", "control")
 # preset -> stage -> (steps, learning rate, batch over all GPUs). encode's "steps" are clips of the
@@ -104,8 +104,8 @@ def load_checkpoint(state, path, alone=False):
         cause = next((cause for cause, _ in getattr(error, "failures", {}).values()), error)
         if isinstance(cause, KeyboardInterrupt):
             raise cause from None
-        raise ValueError(f"{path}: cannot be read ({one_line(repr(cause))}): delete it to go on from "
-                         "the checkpoint before") from None
+        raise ValueError(f"{path}: cannot be read ({one_line(repr(cause))}): delete it to go on "
+                         "from the checkpoint before") from None
 
 def refuse_changes(path, before, settings, remedy="take another --out"):
     """ValueError where something was begun with other settings than these."""
@@ -372,8 +372,8 @@ def stop_signals():
             signal.signal(number, handler)
 
 def summarize(rows):
-    """Rows {"t": (n,), name: (n,)} of all processes -> means, also by bin of t. NaN: does not apply
-    to a sample. The mean of nothing is None."""
+    """Rows {"t": (n,), name: (n,)} of all processes -> means, also by bin of t. NaN, which does not
+    apply to a sample, is left out; the mean of nothing is None."""
     def mean(values):
         values = values[~np.isnan(values)]
         return round(float(values.mean()), 6) if len(values) else None
@@ -592,8 +592,8 @@ def train_tae(run):
 # ---------------------------------------------------------------- stage encode
 
 def update_manifest(run, clips):
-    """Assigns the dataset's clips to shards: {"tae": checksum, "shards": [[key, ...], ...]}. Known
-    clips keep their place, new ones come in new shards. Rank 0 alone."""
+    """Assigns the dataset's clips to shards: {"tae": checksum, "shards": [[key, ...], ...]}. New
+    clips come in new shards."""
     path = run.out / "latents/manifest.json"
     manifest = {"tae": checksum(run.tae()), "shards": []}
     if path.exists():
@@ -604,8 +604,7 @@ def update_manifest(run, clips):
     write_text(path, json.dumps(manifest))
 
 def encode_shard(run, tae, path, batches):
-    """Writes path.x.npy, path.d.npy and path.json of one shard, of pairs of keys and what the
-    dataset read of them."""
+    """Writes path.x.npy, path.d.npy and path.json of one shard, from (keys, what was read)."""
     x, d = ([np.zeros((0, *run.preset.latent_shape()), np.float16)] for _ in range(2))
     content = {"keys": [], "captions": [], "skipped": {}}
     for keys, (video, captions, extra, skipped) in batches:
@@ -653,9 +652,8 @@ def encode(run):
 # ---------------------------------------------------------------- stages base, jam and control
 
 def motion_lr_scale(model, C):
-    """Factors on the learning rate of W_in and W_out: MOTION_LR_SCALE for what add_motion added,
-    else 1. Muon's steps have one size, so zero rows would stay small for long. (The paper names no
-    such factor, nor its optimizer.)"""
+    """Factors on the learning rate of W_in and W_out: MOTION_LR_SCALE for what add_motion added.
+    Muon's steps have one size, so zero rows would stay small for long. (Not in the paper.)"""
     scale = {}
     for layer, axis in ((model.W_in, 1), (model.W_out, 0)):
         shape = list(layer.weight.shape)
@@ -673,15 +671,13 @@ class DiTStage:
         self.run, self.name, args = run, name, run.args
         self.latents, self.dataset = finished_latents(run), run.dataset
         self.max_bytes, captions = run.preset.dit.max_bytes, set(self.latents.captions)
-        if long := sum(truncate(caption, self.max_bytes) != caption for caption in captions):
+        if long := sum(len(caption.encode()) > self.max_bytes for caption in captions):
             print0(f"{name}: {long} captions of more than {self.max_bytes} bytes are cut")
         # all steps have texts of one length, so that nothing is compiled again in the middle
         self.text_length = max(len(token_row(caption, self.max_bytes)) for caption in captions)
         # the control sees jam's clips, noise, times and dropped texts
         self.stream = "base" if name == "base" else "fine-tuning"
         self.batch = run.hyperparameters(name)[2]
-        self.options = {"uniform": args.uniform_t, "shift": args.t_shift,
-                        "motion_dropout": args.motion_dropout}
         source, origin = self.starting_point()
         self.settings = {"origin": origin, "uniform_t": args.uniform_t, "t_shift": args.t_shift,
                          "motion_dropout": args.motion_dropout if name == "jam" else None}
@@ -689,8 +685,7 @@ class DiTStage:
         self.model, self.lr_scale = self.build(source)
 
     def starting_point(self):
-        """The weights that training begins from, and what they are called: another model of the
-        run or of --init, {name: tensor} or a checkpoint. (None, None): nothing."""
+        """Weights to begin from, {name: tensor} or a checkpoint, and what they are called."""
         given, name, args = self.run.given, self.name, self.run.args
         self.widens = name == "jam" and name not in given       # Sec. 4.2: from a base
         if name in given:
@@ -703,8 +698,8 @@ class DiTStage:
         return checkpoint, f"base at step {step}"
 
     def build(self, source):
-        """The DiT with its starting weights, sharded under torchrun, and Muon's lr_scale. It is
-        built on the meta device; W_in and W_out are whole when add_motion widens them."""
+        """The DiT with its starting weights, sharded under torchrun, and Muon's lr_scale. It begins
+        on the meta device, but for W_in and W_out, which add_motion widens."""
         run, begins = self.run, source is not None and self.run.last(self.name)[0] is None
         with torch.device("meta"):
             model = DiT(dataclasses.replace(run.preset.dit,
@@ -729,8 +724,10 @@ class DiTStage:
         indices = torch.randint(len(self.latents.captions), (self.batch,), generator=rng(*key))
         x1, d1, y = self.latents.batch(indices[places.start:places.stop].tolist(), self.max_bytes)
         y = F.pad(y, (0, self.text_length - y.shape[1]), value=PAD)
-        # drawn here, in a thread: a GPU would wait for it
-        noise = [sample_noise(x1[:1].shape, rng(*key, place), **self.options) for place in places]
+        # sampled here, in a thread: a GPU would wait for it
+        args = self.run.args
+        noise = [sample_noise(x1[:1].shape, rng(*key, place), args.uniform_t, args.t_shift,
+                              motion_dropout=args.motion_dropout) for place in places]
         return x1, d1, y, *map(torch.cat, zip(*noise))
 
     def losses(self, data):
@@ -755,10 +752,10 @@ class DiTStage:
         dtype = torch.bfloat16 if run.device.type == "cuda" else torch.float32
         dit = run.load_dit(checkpoint, self.name, dtype).to(run.device)
         model = VideoJAM(run.preset, run.tae(), dit, self.name)
-        shown = [part.cpu() for part in model.generate(
-            self.dataset.held_out(8)[1], steps=30, batch=1 if run.args.activation_checkpointing
-            else 8) if part is not None]                        # large clips one by one
-        write_video(run.out / f"previews/{self.name}-{step:06d}.mp4", grid(*shown), run.preset.fps)
+        each = 1 if run.args.activation_checkpointing else 8    # large clips one by one
+        shown = model.generate(self.dataset.held_out(8)[1], steps=30, batch=each)
+        write_video(run.out / f"previews/{self.name}-{step:06d}.mp4",
+                    grid(*(part for part in shown if part is not None)), run.preset.fps)
 
 def finished_latents(run):
     """The run's latents. ValueError if there are none, not all yet, or of another TAE."""
@@ -789,7 +786,9 @@ class RAFTStage:
         if dist.is_initialized():
             register_fsdp_forward_method(self.model, "flows")
         self.settings = {"weights": args.init, "images": args.images}
-        self.batch = run.hyperparameters("raft")[2]
+        self.batch, parts = run.hyperparameters("raft")[2], world_size() * args.accumulate
+        if parts > 1 and self.batch % (8 * parts):              # large frames come in eighths of it
+            raise ValueError(f"raft: --batch {self.batch} is not a multiple of 8 x {parts} parts")
 
     def load(self, step, places):
         """This process's share of the step's pairs; there are fewer where frames are large."""
@@ -870,12 +869,13 @@ def dry_run(args):
                         ("tokens a clip", f"{T * H * W // preset.dit.patch ** 2:,}"),
                         ("FLOPs a clip, forward", f"{forward / 1e12:,.3f} T"),
                         ("FLOPs a clip, training step", f"{training / 1e12:,.3f} T"),
-                        *((f"memory a GPU: {part}", f"{size / 1e9:,.3f} GB") for part, size in memory),
+                        *((f"memory a GPU: {part}", f"{size / 1e9:,.3f} GB")
+                          for part, size in memory),
                         ("time", f"{hours / gpus:,.3f} h"),
                         ("time of all GPUs together", f"{hours:,.3f} h")]:
         print(f"  {name:<48}{value}")
-    print(f"assumed: {args.tflops:g} TFLOP/s sustained on each GPU (--tflops); no time lost waiting;\n"
-          "text of 100 letters; gathered layers and the framework's own GB or two on top")
+    print(f"assumed: {args.tflops:g} TFLOP/s sustained on each GPU (--tflops), no waiting, text of "
+          "100 letters;\ngathered layers and the framework's own GB or two come on top")
 
 # ---------------------------------------------------------------- command line
 

@@ -1,6 +1,6 @@
-"""What the tests share: a tiny preset, small videos, and scripts and runs of train.py."""
-import json
+"""What the tests share: a tiny preset, small files, scripts, and runs of train.py."""
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)            # tiny tensors: more threads only wait for each other
 
-from common import report_errors
+from common import report_errors                                                    # noqa: E402
 from videojam import TAE, DiT, DiTConfig, Preset, TAEConfig, VideoJAM               # noqa: E402
 
 def pytest_configure(config):
@@ -67,15 +67,13 @@ def refuses(run):
     """refuses(main, "--flag", value): exit code 2, one line on stderr, which is returned."""
     def call(main, *argv):
         code, _, err = run(main, *argv)
-        # progress bars begin their lines anew
-        lines = [line for line in err.splitlines() if line and "%|" not in line]
+        lines = [line for line in err.splitlines() if line and "%|" not in line]    # no progress
         assert code == 2 and len(lines) == 1 and lines[0].startswith(main.__module__), err
         return lines[0]
     return call
 
 class RunsCode:
     """Unpickling this makes a folder: the sign that a weights file could run code."""
-
     def __init__(self, folder):
         self.folder = str(folder)
 
@@ -83,14 +81,12 @@ class RunsCode:
         return os.mkdir, (self.folder,)
 
 def bad_weights(folder, good):
-    """{name: path} of files that are not weights; `good` is a file of weights to truncate."""
-    data = Path(good).read_bytes()
-    (folder / "truncated").write_bytes(data[:len(data) // 2])
-    (folder / "empty").write_bytes(b"")
-    (folder / "text").write_bytes(b"hello world")
-    torch.save({"kind": "something", "a": torch.zeros(2)}, folder / "foreign")
-    torch.save([1, 2], folder / "list")
-    torch.save({"kind": "videojam", "config": RunsCode(folder / "ran")}, folder / "malicious")
+    """Paths of files that are not weights like those in `good`. If code ran, "ran" is there too."""
+    data, evil = Path(good).read_bytes(), {"kind": "videojam", "config": RunsCode(folder / "ran")}
+    for name, content in (("truncated", data[:len(data) // 2]), ("empty", b""), ("text", b"hello")):
+        (folder / name).write_bytes(content)
+    for name, content in (("foreign", {"kind": "x"}), ("list", [1, 2]), ("malicious", evil)):
+        torch.save(content, folder / name)
     return [folder / name for name in ("missing", "truncated", "empty", "text", "foreign", "list",
                                        "malicious")]
 
@@ -112,10 +108,10 @@ def train_flags(out, *more):
 
 def train_command(processes, out, *more, steps=10, clips=32, torchrun=(), **environment):
     """subprocess's arguments for train.py with the preset "tiny"; processes = 0: no torchrun."""
-    start = [sys.executable] if processes == 0 else [
-        sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}",
-        "--standalone", *torchrun]
-    return {"args": [*start, str(ROOT / "tests/tiny_train.py"), *train_flags(out, *more)],
+    start = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone",
+             *torchrun] if processes else []
+    return {"args": [sys.executable, *start, str(ROOT / "tests/tiny_train.py"),
+                     *train_flags(out, *more)],
             "text": True, "env": {**os.environ, "OMP_NUM_THREADS": "1", "TINY_STEPS": str(steps),
                                   "TINY_CLIPS": str(clips), **environment}}
 
@@ -133,10 +129,10 @@ def checkpoints(out, stage):
 
 def checkpoint(out, stage):
     """The tensors and the status of a stage's last checkpoint."""
-    last = checkpoints(out, stage)[-1]
-    dcp_to_torch_save(last, out / "whole")
-    state = torch.load(out / "whole", weights_only=True)
-    (out / "whole").unlink()
+    last, whole = checkpoints(out, stage)[-1], out / "whole"
+    dcp_to_torch_save(last, whole)
+    state = torch.load(whole, weights_only=True)
+    whole.unlink()
     return {**state, **json.loads((last / "status.json").read_text())}
 
 def rows(out, stage):

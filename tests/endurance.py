@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import types
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -27,7 +27,6 @@ import data
 import train
 from common import autocast
 from flow import RAFT, estimate_flow, flow_to_rgb
-from metrics import warp
 from synthetic import HELD_OUT, sprite_clips
 from videojam import (GUIDANCE, PRESETS, TAE, DiT, flow_matching_loss, guided_velocity, joint_loss,
                       tokenize)
@@ -146,15 +145,15 @@ def test_memory_is_flat_over_1000_clips(tmp_path):
 
 def test_2000_files_of_which_one_in_ten_is_broken(tmp_path, monkeypatch, run):
     """Every file is used or skipped with its reason, in the listing and in encode."""
-    data, good = tmp_path / "data", tmp_path / "good"
-    data.mkdir(), good.mkdir()
+    folder, good = tmp_path / "data", tmp_path / "good"
+    folder.mkdir(), good.mkdir()
     write_videos(good, 1, 1, 64, 64)
     video = (good / "0.mp4").read_bytes()
     iio.imwrite(good / "short.mp4", np.zeros((2, 64, 64, 3), np.uint8), fps=24)
     broken = [b"", b"hello", video[:200], video[:len(video) // 2], video[300:],
               (good / "short.mp4").read_bytes(), os.urandom(5000), None, video, video]
     for i in range(2000):
-        path = data / f"{i:04d}.mp4"
+        path = folder / f"{i:04d}.mp4"
         kind, is_bad = broken[i // 10 % 10], i % 10 == 0
         caption = b"a bar"
         if is_bad and i // 10 % 10 >= 8:
@@ -172,8 +171,8 @@ def test_2000_files_of_which_one_in_ten_is_broken(tmp_path, monkeypatch, run):
     monkeypatch.setitem(train.DEFAULTS, "tiny", {"tae": (1, 1e-3, 4), "encode": (1, 0, 8)})
     for stage in ("tae", "encode"):
         start = time.time()
-        code, printed, err = run(train.main, *train_flags(tmp_path / "run", "--data", str(data),
-                                                    "--stage", stage))
+        code, printed, err = run(train.main, *train_flags(tmp_path / "run", "--data", folder,
+                                                          "--stage", stage))
         assert code == 0, err
         print(f"\n{stage}: {time.time() - start:.0f} s\n{printed}")
     listing = json.loads((tmp_path / "run/videos.json").read_text())
@@ -331,48 +330,6 @@ def test_shipped_raft_on_stereo_pairs(read, where, dis, monkeypatch):
           + ", ".join(f"{a:.3f} (bf16 {b:.3f})" for a, b in zip(results[::2], results[1::2])))
     assert all(b < 1.02 * a for a, b in zip(results[::2], results[1::2]))
 
-def test_shipped_raft_where_motion_is_small():
-    """OpenCV's rubber whale (Middlebury's, about a pixel of motion), whose truth is not at hand:
-    how far the second frame, taken back by the flow, is from the first."""
-    if "OPENCV" not in os.environ:
-        pytest.skip("no path in OPENCV")
-    folder = Path(os.environ["OPENCV"], "opencv/samples/data")
-    pair = torch.stack([torch.from_numpy(iio.imread(folder / f"rubberwhale{i}.png")[..., :3])
-                        for i in (1, 2)]).permute(0, 3, 1, 2) / 255
-    raft = RAFT.load()
-    for side in (64, 128, 388):
-        size = [round(length * side / pair.shape[-2]) for length in pair.shape[-2:]]
-        frames = F.interpolate(pair, size, mode="area")
-        flow = estimate_flow(raft, frames[None])[0, :1]
-        still, moved = ((warp(frames[1:], motion) - frames[:1]).abs().mean().item()
-                        for motion in (0 * flow, flow))
-        print(f"\nrubber whale of {side} px: {moved:.4f}, without motion {still:.4f}")
-        assert moved < still
-
-def torchvision_raft(folder):
-    """torchvision's module of RAFT from its sources, an unzipped wheel: what needs its compiled
-    operators is never asked for."""
-    def module(name, *path, **content):
-        made = types.ModuleType(name)
-        made.__path__ = [str(Path(folder, "torchvision", *path))]
-        made.__dict__.update(content)
-        return made
-
-    stand_ins = {
-        "torchvision": module("torchvision"), "torchvision.ops": module("ops", "ops"),
-        "torchvision.models": module("models", "models"),
-        "torchvision.models.optical_flow": module("flow", "models", "optical_flow"),
-        "torchvision.transforms": module("transforms", "transforms"),
-        "torchvision.transforms._presets": module("presets", OpticalFlow=None),
-        "torchvision.utils": module("utils", _log_api_usage_once=lambda *_: None,
-                                    _make_ntuple=lambda x, n: (x,) * n)}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, made in stand_ins.items():
-            patch.setitem(sys.modules, name, made)
-        stand_ins["torchvision.ops"].Conv2dNormActivation = importlib.import_module(
-            "torchvision.ops.misc").Conv2dNormActivation
-        return importlib.import_module("torchvision.models.optical_flow.raft")
-
 @pytest.mark.skipif("TORCHVISION" not in os.environ, reason="no path to an unzipped wheel of "
                     "torchvision in TORCHVISION (pip download --no-deps torchvision)")
 @pytest.mark.skipif(not CLIPS.exists(), reason="no ../shared/clips: real images")
@@ -389,32 +346,3 @@ def test_output_is_torchvisions_on_real_images_to_a_thousandth_of_a_pixel(clip):
         for a, b in zip(raft(first, second), theirs(first * 2 - 1, second * 2 - 1), strict=True):
             torch.testing.assert_close(a, b, atol=1e-3, rtol=0)
     assert a.abs().max() > 1
-
-@pytest.mark.skipif("TORCHVISION" not in os.environ, reason="no path to an unzipped wheel of "
-                    "torchvision in TORCHVISION (pip download --no-deps torchvision)")
-def test_flow_is_faster_than_torchvisions_pair_by_pair(monkeypatch):
-    """16 frames of 256 px, 12 iterations, one thread; medians of 9 turns."""
-    video = F.avg_pool2d(torch.rand(16, 3, 260, 260), 5, 1).unsqueeze(0)
-    raft, theirs = RAFT.load(), torchvision_raft(os.environ["TORCHVISION"]).raft_small(weights=None)
-    theirs.eval().load_state_dict(raft.state_dict())
-
-    @torch.no_grad()
-    def pair_by_pair():
-        for first, second in zip(video[0] * 2 - 1, video[0, 1:] * 2 - 1):
-            theirs(first[None], second[None], num_flow_updates=12)
-
-    def ours(dtype):
-        monkeypatch.setattr(common, "fast_dtype", lambda device: dtype)
-        estimate_flow(raft, video, iters=12)
-
-    ways = {"torchvision": pair_by_pair, "fp32": lambda: ours(torch.float32),
-            "bf16": lambda: ours(torch.bfloat16)}
-    seconds = defaultdict(list)
-    for name, way in [*ways.items()] * 9:
-        start = time.perf_counter()
-        way()
-        seconds[name].append(time.perf_counter() - start)
-    each = {name: 1e3 / 15 * float(np.median(times)) for name, times in seconds.items()}
-    print("\nms a pair of frames: " + ", ".join(
-        f"{name} {ms:.0f} ({each['torchvision'] / ms:.2f} times)" for name, ms in each.items()))
-    assert 1.3 * each["fp32"] < each["torchvision"] and 1.8 * each["bf16"] < each["torchvision"]
