@@ -103,6 +103,9 @@ SCORES = {"detected": "detected in all frames %", "single": "single sprite %",
           "shape": "named shape %", "motion_ok": "motion as named %",
           "single_motion_ok": "single, motion as named %", "error": "median motion error, px",
           "speed": "speed as named %", "energy": "energy kept by a bounce"}
+PAIRED = {"motion_ok": "motion as named, points", "single": "single sprite, points",
+          "single_motion_ok": "single, motion as named, points", "shape": "named shape, points",
+          "error": "mean motion error where both are detected, px"}
 
 def score_table(results, titles):
     """A table of {name: rows of scores} with a column for each of {score: title}."""
@@ -120,20 +123,15 @@ def paired_table(results, against):
         if name in (against, "real clips", "through the TAE"):
             continue
         row = [f"{name} minus {against}"]
-        for key, scale in (("motion_ok", 100), ("single_motion_ok", 100), ("single", 100),
-                           ("shape", 100), ("error", 1)):
+        for key in PAIRED:
             a, b = (np.array([r[key] for r in results[which]], float) for which in (name, against))
             both = ~np.isnan(a - b)                     # None, where a score does not apply, is NaN
-            if not both.any():
-                row.append("-")
-                continue
-            *values, p = paired(a[both], b[both])
+            scale, digits = (1, 2) if key == "error" else (100, 1)
+            *values, p = paired(a[both], b[both]) if both.any() else [np.nan] * 4
             row.append("{:+.{k}f} [{:+.{k}f}, {:+.{k}f}], p = {:.4f}, n = {}".format(
-                *(scale * v for v in values), p, both.sum(), k=1 if scale == 100 else 2))
+                *(scale * v for v in values), p, both.sum(), k=digits))
         table.append(row)
-    return ["", "motion as named, points", "single, motion as named, points",
-            "single sprite, points", "named shape, points",
-            "mean motion error where both are detected, px"], table
+    return ["", *PAIRED.values()], table
 
 # ---------------------------------------------------------------- Sec. 3, Fig. 3: motivation
 
@@ -174,12 +172,11 @@ def motivation(e):
     header = ["", *(f"step {k}, t = {times[k]:.3f}" for k in shown)]
     by_t = {name: ([float(times[k]) for k in steps], gaps) for name, (_, gaps) in relative.items()}
     return {"about": "Rise of the appearance loss when a clip's frames are permuted; "
-                     f"n = {n} clips (64 at most), the same noise and permutation for every model, "
-                     "95% bands. The paper has 35,000 training clips, each at one random step, and "
-                     "the absolute rise. Flat: the share of steps up to 60 where the relative rise "
-                     "is surely below 2%. VideoJAM sees the noised flow of the permuted clip too; "
-                     "with d = 0 it does not. At step 0 all see noise alone: that rise is how "
-                     "unlikely the permuted clip is.",
+                     f"n = {n} clips (64 at most), the same noise and permutation for every model. "
+                     "Flat: the share of steps up to 60 where the relative rise is surely below "
+                     "2%. VideoJAM sees the noised flow of the permuted clip too; with d = 0 it "
+                     "does not. The paper has 35,000 training clips at a random step each, and the "
+                     "absolute rise.",
             "tables": [(["", "flat up to step 60", "mean rise %"], table), (header, levels)],
             "curves": [("relative rise %, by the sampler's step", relative, 100),
                        ("relative rise %, by t (0 noise, 1 data)", by_t, 100),
@@ -366,9 +363,9 @@ def metrics(args):
 def generate(args):
     """A folder of samples for a prompt file, named as VBench wants them."""
     prompts, out = list(dict.fromkeys(read_lines(args.paths[0]))), Path(args.paths[1])
-    if len({file_stem(prompt) for prompt in prompts}) < len(prompts):
-        raise ValueError(f"{args.paths[0]}: two prompts would have the same file name, which has "
-                         "a prompt's first 180 bytes, without slashes")
+    if len(set(map(file_stem, prompts))) < len(prompts):
+        raise ValueError(f"{args.paths[0]}: two prompts have the same first 180 bytes, and so the "
+                         "same file name")
     model = VideoJAM.load(weights_path(args.run), args.which, device_of(args.device))
     out.mkdir(parents=True, exist_ok=True)
     print_truncated(prompts, model.config.dit.max_bytes)
@@ -428,9 +425,8 @@ def speed_tasks(preset, B, device):
     return tasks
 
 def speed(args):
-    """Prints the time of each part at a preset's or a run's size. The tasks take turns, so that
-    whatever else the machine does meets them alike; after two turns to warm up, seven, or as many
-    as fit into a minute, but three."""
+    """Prints the time of each part at a preset's or a run's size. The tasks take turns, so that what
+    else the machine does meets them alike: two turns to warm up, then three to seven."""
     device = device_of(args.device)
     preset = PRESETS[args.preset] if args.preset else VideoJAM.load(weights_path(args.run)).config
     tasks, turns = speed_tasks(preset, args.batch, device), []
@@ -469,8 +465,8 @@ def data_url(path):
     return f"data:video/{path.suffix[1:].lower()};base64,{content}"
 
 def rate(args):
-    """One page that asks which of two videos is better: pairs in random order, sides hidden. With
-    a prompt file, whole prompts are shown where the files' names have only their beginning."""
+    """One page that asks which of two videos is better: pairs in random order, sides hidden. A
+    prompt file gives whole prompts, of which file names have only the beginning."""
     a, b = ({path.stem: path for path in videos_of(folder, (".mp4", ".webm"))}    # browsers' own
             for folder in args.paths[:2])
     prompts = {file_stem(prompt): prompt for file in args.paths[2:] for prompt in read_lines(file)}
@@ -488,7 +484,7 @@ def rate(args):
           "open it, vote, save, then python bench.py votes votes-*.json")
 
 def votes(args):
-    """The paper's table: votes for A, as the mean over prompts of their share, and how far raters
+    """The paper's table: the share of votes for A, as the mean over prompts, and how far raters
     agree. (The paper has 5 raters a pair, 640 votes a baseline at least.)"""
     ballots, sides = {}, set()
     for path in args.paths:

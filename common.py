@@ -5,7 +5,6 @@ import ctypes
 import datetime
 import json
 import logging
-import math
 import os
 import shutil
 import sys
@@ -25,7 +24,7 @@ logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)     # it warns of ev
 # ---------------------------------------------------------------- errors: one line, exit code 2
 
 class Parser(argparse.ArgumentParser):
-    """A wrong flag is bad input like any other: one line, by `report_errors`."""
+    """Its errors are ValueErrors, so that `report_errors` prints them on one line."""
     def error(self, message):
         raise ValueError(f"{message} (-h shows all flags)")
 
@@ -93,14 +92,14 @@ def write_file(path, save):
     except (OSError, RuntimeError) as error:                # torch.save raises RuntimeErrors
         if is_out_of_memory(error):
             raise
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        reason = getattr(error, "strerror", None) or one_line(error)
         raise ValueError(f"cannot write {path}: {reason}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 def write_text(path, text):
-    write_file(path, lambda temporary: temporary.write_text(
-        text, encoding="utf-8", errors="surrogateescape"))  # captions may name files of any bytes
+    data = text.encode(errors="surrogateescape")            # captions may name files of any bytes
+    write_file(path, lambda temporary: temporary.write_bytes(data))
 
 def read_lines(path):
     """The prompts of a text file, one a line. ValueError where there are none."""
@@ -115,12 +114,10 @@ def read_lines(path):
 
 def read_json(path, *keys):
     """The dict of a .json file that has these keys. ValueError where it is damaged."""
-    try:
+    with contextlib.suppress(ValueError):
         content = json.loads(path.read_text())
         if isinstance(content, dict) and content.keys() >= set(keys):
             return content
-    except ValueError:
-        pass
     raise ValueError(f"{path}: damaged, not the JSON that was written")
 
 def write_tensors(path, content):
@@ -128,8 +125,8 @@ def write_tensors(path, content):
     write_file(path, lambda temporary: torch.save(content, temporary))
 
 def read_tensors(path, kind):
-    """The dict of a file of `write_tensors` whose "kind" is `kind`; tensors are memory-mapped. No
-    code in a file can run. ValueError, one line, if it is missing, damaged or of another kind."""
+    """The dict of a file of `write_tensors` of this "kind", memory-mapped; no code in it can run.
+    ValueError if it is missing, damaged or of another kind."""
     try:
         content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
@@ -146,9 +143,9 @@ def read_tensors(path, kind):
 
 def open_video(path, **options):
     """What a video file says of itself ("fps", "duration" in s, "size"), and its frames, (3, H, W)
-    uint8, one by one. options: imageio_ffmpeg.read_frames'. (imageio's own reader knows fewer
-    suffixes.) Of a broken file any exception is raised, here or by the frames."""
-    # absolute, because ffmpeg parses `12:` as a protocol
+    uint8, one by one. options: those of imageio_ffmpeg.read_frames. A broken file raises anything,
+    here or by the frames."""
+    # imageio's own reader knows fewer suffixes; absolute, because ffmpeg parses `12:` as a protocol
     reader = imageio_ffmpeg.read_frames(str(Path(path).absolute()), **options)
     meta = next(reader)
     width, height = meta["size"]
@@ -157,12 +154,10 @@ def open_video(path, **options):
 
 def check_video(path, frames):
     """OSError unless a video that was just written is whole: ffmpeg is silent on a full disk."""
-    try:
-        whole = imageio_ffmpeg.count_frames_and_secs(str(path.absolute()))[0] == frames
-    except RuntimeError:
-        whole = False
-    if not whole:
-        raise OSError("the video is not whole, is the disk full?")
+    with contextlib.suppress(RuntimeError):
+        if imageio_ffmpeg.count_frames_and_secs(str(path.absolute()))[0] == frames:
+            return
+    raise OSError("the video is not whole, is the disk full?")
 
 def write_mp4(path, frames, fps, count=None):
     """Writes frames (H, W, 3) uint8, an array or (with their count) a generator; `path` is new."""
@@ -175,9 +170,9 @@ def write_video(path, video, fps, scale=None):
     scale = scale or max(1, round(256 / video.shape[-2]))
     frames = (video.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     frames = frames.repeat(scale, 1).repeat(scale, 2)
-    if Path(path).suffix == ".gif":
-        write_file(path, lambda temporary: temporary.write_bytes(iio.imwrite(
-            "<bytes>", frames, extension=".gif", loop=0, duration=1000 / fps)))
+    if Path(path).suffix == ".gif":             # as bytes: imageio prints tracebacks on a full disk
+        data = iio.imwrite("<bytes>", frames, extension=".gif", loop=0, duration=1000 / fps)
+        write_file(path, lambda temporary: temporary.write_bytes(data))
     else:
         write_file(path, lambda temporary: write_mp4(temporary, frames, fps))
 
@@ -202,19 +197,16 @@ def device_of(name):
         if (device := torch.empty(0, device=name).device).type != "meta":
             return device
     except (RuntimeError, AssertionError, ImportError) as error:
-        why = str(error).splitlines()[0][:100]
+        why = one_line(error)
     raise ValueError(f"--device {name}: no such device, take cpu or cuda ({why})")
 
-def cpu_features():
-    """{instruction set: whether this CPU has it}; empty in torch 2.11, which does not tell."""
-    return getattr(torch.cpu, "get_capabilities", dict)()
+# {instruction set: whether this CPU has it}; empty in torch 2.11, which does not tell
+CPU_HAS = getattr(torch.cpu, "get_capabilities", dict)()
 
 def fast_dtype(device):
     """bf16 on GPUs and on CPUs with AMX or AVX512-BF16; elsewhere bf16 is slow: fp32."""
-    if torch.device(device).type != "cpu":
-        return torch.bfloat16
-    has = cpu_features()
-    return torch.bfloat16 if has.get("amx_bf16") or has.get("avx512_bf16") else torch.float32
+    fast = CPU_HAS.get("amx_bf16") or CPU_HAS.get("avx512_bf16")
+    return torch.bfloat16 if fast or torch.device(device).type != "cpu" else torch.float32
 
 def autocast(device, dtype=None):
     """Matrix products in `dtype`, by default the device's fast one; the weights stay fp32."""
@@ -228,7 +220,7 @@ def can_compile(device):
 def compile_layers(layers):
     """torch.compile for each layer: training on a CPU gets twice as fast."""
     # GCC 12 does not know newer Xeons, and the code it then makes for AVX512 has NaN gradients
-    known = cpu_features().get("avx512_f") and "cpp.march" in torch._inductor.list_options()
+    known = CPU_HAS.get("avx512_f") and "cpp.march" in torch._inductor.list_options()
     for layer in layers:
         layer.compile(options={"cpp.march": "skylake-avx512"} if known else None)
 
@@ -315,17 +307,14 @@ class Muon(torch.optim.Optimizer):
             for weights in same_shape.values():
                 matrices = []
                 for weight in weights:
-                    state = self.state[weight]
-                    if not state:
-                        state["momentum"] = torch.zeros_like(weight)
-                    state["momentum"].lerp_(weight.grad, 1 - group["momentum"])
-                    nesterov = weight.grad.lerp(state["momentum"], group["momentum"])
-                    matrices.append(nesterov.flatten(1))
+                    if not self.state[weight]:
+                        self.state[weight]["momentum"] = torch.zeros_like(weight)
+                    momentum = self.state[weight]["momentum"]
+                    momentum.lerp_(weight.grad, 1 - group["momentum"])
+                    matrices.append(weight.grad.lerp(momentum, group["momentum"]).flatten(1))
                 step = -group["lr"] * .2 * max(matrices[0].shape) ** .5
                 for weight, update in zip(weights, orthogonalize(torch.stack(matrices))):
-                    update = update.view_as(weight)
-                    if weight in self.lr_scale:
-                        update = update * self.lr_scale[weight]
+                    update = update.view_as(weight) * self.lr_scale.get(weight, 1.)
                     weight.add_(update, alpha=step)
 
 def make_optimizers(model, lr, lr_scale=None):

@@ -62,9 +62,9 @@ def sample_noise(shape, generator=None, uniform=False, shift=1., text_dropout=.3
                  motion_dropout=.2):
     """The `Noise` for latents of a shape (B, C, ...), on the CPU, from one CPU generator.
 
-    t is logit-normal(0, 1) as in Movie Gen, or uniform. A shift above 1 moves t towards 0, noise,
-    where motion is decided (as Stable Diffusion 3 does for large images). Sec. 4.3 drops the text
-    in 30% and the motion in 20% of the steps; here per sample, independently."""
+    t is logit-normal(0, 1) as in Movie Gen, or uniform; a shift above 1 moves it towards 0, noise,
+    as Stable Diffusion 3 does. Sec. 4.3 drops the text in 30% and the motion in 20% of the steps;
+    here per sample, independently."""
     # what x needs comes first, so that a model without motion gets the same noise as one with it
     x0 = torch.randn(shape, generator=generator)
     t = torch.rand(shape[:1], generator=generator) if uniform else \
@@ -87,7 +87,7 @@ def flow_matching_loss(model, x1, y, null=None, noise=None, reduction="mean", **
     """Eq. 3, as a mean over samples, channels and positions. x1 (B, C, ...), y (B, ...).
 
     null: the y of an empty prompt, by default our tokens' for "". noise: what is random; by default
-    `sample_noise` with the options. reduction "channels" gives (B, C)."""
+    `sample_noise` with the options. reduction "channels" gives a row for each sample."""
     n = (noise or sample_noise(x1.shape, **options)).like(x1)
     x_t = interpolate(x1, n.x0, n.t)                                                # Eq. 1
     y = drop_condition(y, n.no_text, null_text(y) if null is None else null)        # Sec. 4.3
@@ -132,9 +132,8 @@ def rope_table(grid, head_dim, device):
     pairs = head_dim // 2
     shares = [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3] if len(grid) == 3 else [pairs]
     axes = torch.meshgrid(*[torch.arange(n, device=device).float() for n in grid], indexing="ij")
-    angles = [axis.flatten()[:, None] * 1e4 ** -(torch.arange(n, device=device) / n)
-              for axis, n in zip(axes, shares)]
-    angles = torch.cat(angles, 1)
+    angles = torch.cat([axis.flatten()[:, None] * 1e4 ** -(torch.arange(n, device=device) / n)
+                        for axis, n in zip(axes, shares)], 1)
     return angles.cos(), angles.sin()
 
 def rotate(x, rope):
@@ -209,15 +208,12 @@ class Layers(nn.Sequential):
 
     def forward(self, x, *others):
         for layer in self:
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, *others, use_reentrant=False)
-            else:
-                x = layer(x, *others)
+            again = self.activation_checkpointing and torch.is_grad_enabled()
+            x = checkpoint(layer, x, *others, use_reentrant=False) if again else layer(x, *others)
         return x
 
 def set_activation_checkpointing(model, on):
-    """Whether a TAE's or a DiT's layers compute their activations again in the backward pass, in
-    place of keeping them. Returns the model."""
+    """Turns the activation checkpointing of a model's layers on or off; returns the model."""
     for module in model.modules():
         if isinstance(module, Layers):
             module.activation_checkpointing = on
@@ -271,26 +267,24 @@ class DiT(nn.Module):
         return unpatchify(u, c.patch, (T, H, W)).float()
 
 def initialize(modules):
-    """First weights of a DiT's modules, all or some. Blocks start as the identity and u as zero:
-    a deep stack then trains at once (adaLN-Zero)."""
-    modules = list(modules)
+    """First weights of a DiT's modules, all or some, each after what contains it. Blocks start as
+    the identity and u as zero: a deep stack then trains at once (adaLN-Zero)."""
+    zero = set()
     for module in modules:
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
+        if isinstance(module, DiT):
+            zero |= {module.position, module.modulation, module.W_out}
+            nn.init.zeros_(module.final_table)
+        elif isinstance(module, Block):
+            zero.add(module.cross.out)
+            nn.init.zeros_(module.table)
+        elif isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight, gain=0 if module in zero else 1)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight)
         elif isinstance(module, nn.RMSNorm):
             nn.init.ones_(module.weight)
-    for module in modules:
-        if isinstance(module, Block):
-            nn.init.zeros_(module.cross.out.weight)
-            nn.init.zeros_(module.table)
-        elif isinstance(module, DiT):
-            nn.init.zeros_(module.final_table)
-            for layer in {module.position, module.modulation, module.W_out} & set(modules):
-                nn.init.zeros_(layer.weight)
 
 # ---------------------------------------------------------------- Sec. 4.2: joint representation
 # nn.Linear keeps the paper's matrices transposed: rows of W_in are its weight's axis 1, columns of
@@ -306,48 +300,42 @@ def widen(weight, axis, C, channel_last):
     parts = weight.unflatten(axis, (groups, -1))
     return torch.cat([parts, torch.zeros_like(parts)], axis + 1).flatten(axis, axis + 1)
 
-def widen_layer(layer, side, axis, C, channel_last):
-    """A copy of a layer with twice the inputs or outputs (side "in" or "out", an axis of its weight),
-    of which the new ones have zero weights."""
+def widen_layer(layer, size, axis, C, channel_last):
+    """A copy of a layer with twice the `size`, "in_features" for example; new weights are zero."""
     new = copy.deepcopy(layer)
     new.weight = nn.Parameter(widen(layer.weight.detach(), axis, C, channel_last))
-    if side == "out" and layer.bias is not None:
+    if size.startswith("out") and layer.bias is not None:
         new.bias = nn.Parameter(widen(layer.bias.detach(), 0, C, channel_last))
-    size = f"{side}_features" if isinstance(layer, nn.Linear) else f"{side}_channels"
     setattr(new, size, 2 * getattr(layer, size))
     return new
 
 def widen_input(layer, C, channel_last):
     """W_in -> W_in^+: a layer that takes [x, d] in place of x (C channels), and ignores d at first.
 
-    layer: a Linear over flattened patches, whose inputs are laid out (offsets, C) with
-    channel_last, else (C, offsets); or a Conv of C input channels. ValueError for other layers."""
+    layer: a Linear whose inputs are patches, (offsets, C) with channel_last, else (C, offsets); or
+    a Conv of C input channels. ValueError for other layers."""
     if isinstance(layer, nn.Linear) and layer.in_features % C == 0:
-        return widen_layer(layer, "in", 1, C, channel_last)
+        return widen_layer(layer, "in_features", 1, C, channel_last)
     if isinstance(layer, CONVS) and layer.in_channels == C and layer.groups == 1:
-        return widen_layer(layer, "in", 1, C, False)
+        return widen_layer(layer, "in_channels", 1, C, False)
     raise ValueError(f"cannot widen {layer} for an input of {C} channels")
 
 def widen_output(layer, C, channel_last):
-    """W_out -> W_out^+: a layer that gives [u^x, u^d] in place of u^x (C channels); u^d is zero at
-    first.
+    """W_out -> W_out^+: a layer that gives [u^x, u^d] in place of u^x, and u^d = 0 at first.
 
-    layer: a Linear or Conv whose outputs are patches, laid out as channel_last says, or a
+    layer: a Linear or Conv whose outputs are patches, laid out as in `widen_input`, or a
     ConvTranspose. ValueError for other layers."""
     if isinstance(layer, nn.Linear) and layer.out_features % C == 0:
-        return widen_layer(layer, "out", 0, C, channel_last)
+        return widen_layer(layer, "out_features", 0, C, channel_last)
     if isinstance(layer, CONVS) and layer.out_channels % C == 0 and layer.groups == 1:
-        return widen_layer(layer, "out", 0, C, channel_last)
+        return widen_layer(layer, "out_channels", 0, C, channel_last)
     if isinstance(layer, TRANSPOSED_CONVS) and layer.out_channels % C == 0 and layer.groups == 1:
-        return widen_layer(layer, "out", 1, C, False)
+        return widen_layer(layer, "out_channels", 1, C, False)
     raise ValueError(f"cannot widen {layer} for an output of {C} channels")
 
 def joint_loss(model, x1, d1, y, null=None, noise=None, reduction="mean", **options):
     """Eq. 6, as a mean over samples, channels and positions: u^+ = [u^x, u^d] against v^+, one t
-    for both. x1, d1 (B, C, ...), y (B, ...).
-
-    null: the y of an empty prompt, by default our tokens' for "". noise: what is random; by default
-    `sample_noise` with the options. reduction "channels" gives (B, 2C).
+    for both. x1, d1 (B, C, ...); the other arguments are those of `flow_matching_loss`.
 
     Where the motion is dropped (Sec. 4.3), d_t is zero and its target stays: the model learns to
     guess E[d_1] from appearance. d_0 cannot be guessed, so that part of the loss stays above 1."""
@@ -375,20 +363,17 @@ class Guidance(NamedTuple):
 # w1 is the text scale, w2 the motion scale, in App. A's modes too (the paper swaps them there).
 # w1 = 5 in Eq. 8 is what others call a guidance scale of 6; in ip2p and composable it is one of 5.
 GUIDANCE = {
-    # Eq. 8
-    "inner": Guidance(lambda w1, w2: [
+    "inner": Guidance(lambda w1, w2: [                                              # Eq. 8
         (1 + w1 + w2, True, True), (-w1, True, False), (-w2, False, True)]),
     # classifier-free guidance (Ho & Salimans): Eq. 8 without its motion term
     "cfg": Guidance(lambda w1, w2: [(1 + w1, True, True), (-w1, True, False)]),
     "none": Guidance(lambda w1, w2: [(1, True, True)]),
     # Table 3's "d = 0": classifier-free guidance that never sees d
     "no-motion": Guidance(lambda w1, w2: [(1 + w1, False, True), (-w1, False, False)]),
-    # App. A: u(x,0,0) + w2 (u(x,d,0) - u(x,0,0)) + w1 (u(x,d,y) - u(x,d,0)). With w2 = 1 what is
-    # left is u(x,d,0) + w1 (u(x,d,y) - u(x,d,0))
+    # App. A: u(x,0,0) + w2 (u(x,d,0) - u(x,0,0)) + w1 (u(x,d,y) - u(x,d,0)); w2 = 1: text only
     "ip2p": Guidance(lambda w1, w2: [
         (1 - w2, False, False), (w2 - w1, True, False), (w1, True, True)], late_w2=1.),
-    # App. A: u(x,0,0) + w1 (u(x,0,y) - u(x,0,0)) + w2 (u(x,d,0) - u(x,0,0)). Without w2, d would be
-    # in none of its terms
+    # App. A: u(x,0,0) + w1 (u(x,0,y) - u(x,0,0)) + w2 (u(x,d,0) - u(x,0,0)); w2 alone sees d
     "composable": Guidance(lambda w1, w2: [
         (1 - w1 - w2, False, False), (w1, False, True), (w2, True, False)], late_w2=None),
 }
@@ -458,25 +443,21 @@ class TAEConfig:
     @property
     def compression(self):
         """(time, space): how many frames and how many pixels a side one latent position covers."""
-        return (math.prod(time for time, _ in self.strides),
-                self.patch * math.prod(space for _, space in self.strides))
+        time, space = zip(*self.strides)
+        return math.prod(time), self.patch * math.prod(space)
 
 class SpaceTimeConv(nn.Module):
-    """A 3 x 3 convolution in space, then one of 3 taps in time, on (B, T, H, W, C). Channels are
-    last, so both are 2D convolutions on views of one buffer.
-
-    Both start as a centre tap: in time the identity (an image model at first, as in Movie Gen), in
-    space a rotation of the channels. With random taps, small objects are learned much later."""
+    """A 3 x 3 convolution in space, then one of 3 taps in time, on (B, T, H, W, C). Both start as a
+    centre tap, in time the identity (as in Movie Gen), in space a rotation of the channels: with
+    random taps, small objects are learned much later."""
     def __init__(self, c_in, c_out, stride=(1, 1)):
         super().__init__()
-        time, space = stride
-        self.space = nn.Conv2d(c_in, c_out, 3, stride=space, padding=1)
-        self.time = nn.Conv2d(c_out, c_out, (3, 1), stride=(time, 1))
+        self.space = nn.Conv2d(c_in, c_out, 3, stride=stride[1], padding=1)
+        self.time = nn.Conv2d(c_out, c_out, (3, 1), stride=(stride[0], 1))
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
-        if not self.time.weight.is_meta:
-            nn.init.orthogonal_(self.space.weight.data[:, :, 1, 1])
-            self.time.weight.data[:, :, 1, 0] = torch.eye(c_out)
+        nn.init.orthogonal_(self.space.weight.data[:, :, 1, 1])
+        self.time.weight.data[:, :, 1, 0].fill_diagonal_(1)
 
     def forward(self, x):
         B, T, H, W, _ = x.shape
@@ -501,38 +482,34 @@ class Upsample(nn.Module):
     """Nearest neighbour by (time, space), then a convolution."""
     def __init__(self, c_in, c_out, stride):
         super().__init__()
-        self.stride, self.conv = stride, SpaceTimeConv(c_in, c_out)
+        self.scale, self.conv = (*stride, stride[1]), SpaceTimeConv(c_in, c_out)
 
     def forward(self, x):
-        time, space = self.stride
-        x = F.interpolate(x.permute(0, 4, 1, 2, 3), scale_factor=(time, space, space))
+        x = F.interpolate(x.permute(0, 4, 1, 2, 3), scale_factor=self.scale)
         return self.conv(x.permute(0, 2, 3, 4, 1))
 
 class TAE(nn.Module):
-    """Movie Gen's Temporal Auto-Encoder: (B, T, 3, H, W) <-> (B, C, T', H', W'), where
-    T' = ceil(T / time), H' = H / space, W' = W / space by the config's compression. Latents of
-    video and (motion=True) of RGB flow have a mean and a whitening each: see `fit_whitening`."""
+    """Temporal Auto-Encoder: (B, T, 3, H, W) <-> (B, C, T', H', W'), T' = ceil(T / time), H' = H /
+    space. Videos and RGB flow (motion=True) have a whitening each: see `fit_whitening`."""
     def __init__(self, config=TAEConfig()):
         super().__init__()
-        self.config, w, p = config, config.widths, config.patch
-        blocks = [[ResBlock(width) for _ in range(config.blocks)] for width in w]
-        downs = [SpaceTimeConv(*pair) for pair in zip(w, w[1:], config.strides)]
+        self.config, w, C, rgb = config, config.widths, config.channels, 3 * config.patch ** 2
+        levels = [[ResBlock(width) for _ in range(config.blocks)] for width in w]
+        for level, *pair in zip(levels[1:], w, w[1:], config.strides):
+            level.insert(0, SpaceTimeConv(*pair))                       # down, into this level
         self.encoder = Layers(
-            SpaceTimeConv(3 * p * p, w[0]), *blocks[0],
-            *[layer for down, level in zip(downs, blocks[1:]) for layer in (down, *level)],
-            SpaceTimeConv(w[-1], 2 * config.channels))
-        blocks = [[ResBlock(width) for _ in range(config.blocks)] for width in w]
-        ups = [Upsample(*pair) for pair in zip(w[1:], w, config.strides)]
+            SpaceTimeConv(rgb, w[0]), *sum(levels, []), SpaceTimeConv(w[-1], 2 * C))
+        levels = [[ResBlock(width) for _ in range(config.blocks)] for width in w]
+        for level, *pair in zip(levels, w[1:], w, config.strides):
+            level.insert(0, Upsample(*pair))
         self.decoder = Layers(
-            SpaceTimeConv(config.channels, w[-1]), *blocks[-1],
-            *[layer for up, level in zip(ups[::-1], blocks[-2::-1]) for layer in (up, *level)],
-            SpaceTimeConv(w[0], 3 * p * p))
+            SpaceTimeConv(C, w[-1]), *sum(levels[::-1], []), SpaceTimeConv(w[0], rgb))
         # start at sigma = e^-3; sigma = 1 stalls training
-        nn.init.zeros_(self.encoder[-1].space.weight[config.channels:])
-        nn.init.constant_(self.encoder[-1].time.bias[config.channels:], -6)
+        nn.init.zeros_(self.encoder[-1].space.weight[C:])
+        nn.init.constant_(self.encoder[-1].time.bias[C:], -6)
         # mean and whitening matrix: row 0 for videos, row 1 for RGB flow
-        self.register_buffer("mean", torch.zeros(2, config.channels))
-        self.register_buffer("basis", torch.zeros(2, config.channels, config.channels))
+        self.register_buffer("mean", torch.zeros(2, C))
+        self.register_buffer("basis", torch.zeros(2, C, C))
         self.basis.diagonal(dim1=1, dim2=2).fill_(1)
 
     def posterior(self, video):
@@ -563,13 +540,11 @@ class TAE(nn.Module):
         return self.pixels(z)[:, :frames].float().clamp(0, 1)
 
     def fit_whitening(self, batches, motion=False, generator=None):
-        """Fits mean and whitening to batches of video or (motion=True) RGB flow: mean 0, variance 1
-        on average over channels, and equal latent error gives equal pixel error.
-
+        """Fits mean and whitening to batches of video or RGB flow: mean 0, variance 1 on average
+        over channels, and equal latent error gives equal pixel error. (The paper has one latent
+        space; the scaling decides how much d weighs in Eq. 6, and how early it leaves the noise.)
         With J the decoder's Jacobian, z^T E[J^T J] z is how far z moves the pixels. Its
-        eigenvectors become the channels, scaled by the square roots of its eigenvalues. The paper
-        has one latent space for both; this scaling decides how much d weighs in Eq. 6, and how
-        early d emerges from the noise."""
+        eigenvectors become the channels, scaled by the square roots of its eigenvalues."""
         latents, sensitivity = [], 0
         for video in batches:
             mean = self.posterior(video)[0].float().detach().requires_grad_()
@@ -585,9 +560,8 @@ class TAE(nn.Module):
         self.mean[int(motion)], self.basis[int(motion)] = z.mean(0), basis / spread
 
 def tae_loss(tae, video, noise, mse_weight=3., kl_weight=1e-5, outlier_weight=1e-2, r=3):
-    """L1 + MSE + KL + Movie Gen's outlier penalty on latents further than r deviations from the
-    clip's mean, a scalar. video (B, T, 3, H, W), noise (B, T', H', W', C) of deviation 1. (L1 alone,
-    the median's loss, leaves out small objects for long.)"""
+    """L1 + MSE (L1 alone learns small objects late) + KL + Movie Gen's outlier penalty on latents
+    over r deviations from the clip's mean. video (B, T, 3, H, W), noise (B, T', H', W', C)."""
     mean, log_var = tae.posterior(video)
     reconstruction = tae.pixels(mean + (log_var / 2).exp() * noise)[:, :video.shape[1]]
     error, mean = reconstruction.float() - video, mean.float()
@@ -611,8 +585,7 @@ def print_truncated(prompts, max_bytes):
     """Says which prompts are longer than a model takes."""
     for prompt in dict.fromkeys(prompts):
         if (kept := truncate(prompt, max_bytes)) != prompt:
-            print(f"a prompt has {len(prompt.encode())} bytes, the model takes {max_bytes}: cut to "
-                  f"{kept!r}")
+            print(f"the model takes {max_bytes} bytes of a prompt: cut to {kept!r}")
 
 @functools.lru_cache(2 ** 13)           # captions repeat, and bytes are slow in Python
 def token_row(prompt, max_bytes):
@@ -625,24 +598,19 @@ def token_row(prompt, max_bytes):
     return torch.tensor(row + [EOS], device="cpu")
 
 def tokenize(prompts, max_bytes=None):
-    """List of str -> LongTensor (B, L): UTF-8 bytes + 1, then EOS, then PAD up to the longest. The
-    null prompt "" is EOS alone. Prompts of more than max_bytes are cut at a character's end.
-
-    PAD also follows each space, so that words begin at multiples of FOLD and fold alike wherever
-    they stand: the toy learns motion words much sooner. ValueError for a str in place of a list."""
+    """List of str -> LongTensor (B, L): UTF-8 bytes + 1, max_bytes at most, then EOS, PAD. The null
+    prompt "" is EOS alone. PAD also follows each space: words then begin at multiples of FOLD and
+    fold alike wherever they stand, and the toy learns motion words sooner. ValueError: a str."""
     if isinstance(prompts, str):
         raise ValueError(f"prompts must be a list of str, got {prompts!r}")
     rows = [token_row(prompt, max_bytes) for prompt in prompts]
     return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
 
 def null_text(y):
-    """The null prompt in the shape of the tokens y. ValueError where y is another model's text,
-    whose null only the caller knows."""
+    """The null prompt in the shape of the tokens y. ValueError where y is another model's text."""
     if y.is_floating_point():
         raise ValueError("null must be given where y is not our tokens")
-    null = torch.full_like(y, PAD)
-    null[:, 0] = EOS
-    return null
+    return F.pad(torch.full_like(y[:, :1], EOS), (0, y.shape[1] - 1), value=PAD)
 
 class TextLayer(nn.Module):
     def __init__(self, width, heads):
@@ -655,8 +623,7 @@ class TextLayer(nn.Module):
 
 class TextEncoder(nn.Module):
     """Tokens (B, L) -> features (B, ceil(L / FOLD), text_width), mask (B, 1, 1, ceil(L / FOLD))
-    that hides padding. Stands for the paper's UL2, ByT5 and MetaCLIP; trained with the DiT. FOLD
-    tokens become one position: a caption has as many bytes as the toy's video has tokens."""
+    that hides padding. Stands for the paper's UL2, ByT5 and MetaCLIP; trained with the DiT."""
     def __init__(self, config):
         super().__init__()
         width, heads = config.text_width, round(config.text_width / 64)
@@ -687,10 +654,9 @@ class Preset:
     sigma: float = .15                  # of Eq. 5
 
     @staticmethod
-    def from_dict(config):
+    def from_dict(c):
         """The inverse of dataclasses.asdict, for what a model file carries."""
-        return Preset(**{**config, "tae": TAEConfig(**config["tae"]),
-                         "dit": DiTConfig(**config["dit"])})
+        return Preset(**{**c, "tae": TAEConfig(**c["tae"]), "dit": DiTConfig(**c["dit"])})
 
     def latent_shape(self):
         """(C, T', H', W') of one clip."""
@@ -699,11 +665,9 @@ class Preset:
         return self.tae.channels, math.ceil(self.frames / time), side, side
 
 PRESETS = {
-    # trains on two CPU cores in minutes: 4 x 4 pixels become channels before the first convolution
     "toy": Preset(16, 64, 8, TAEConfig(8, 4, (48, 96, 96), ((2, 2), (2, 1)), 1),
-                  DiTConfig(8, 2, 224, 4, 4, 448, 96, 2, 192)),
-    # one GPU, own videos: 151 M parameters
-    "small": Preset(48, 128, 12, TAEConfig(16, 1, (64, 128, 256, 256)),
+                  DiTConfig(8, 2, 224, 4, 4, 448, 96, 2, 192)),         # 3.3 M: minutes on a CPU
+    "small": Preset(48, 128, 12, TAEConfig(16, 1, (64, 128, 256, 256)),     # 151 M: one GPU
                     DiTConfig(16, 2, 768, 16, 12, 1536, 768, 2)),
     # the paper's: 4.2 B and 29 B. Heads, FFN, text encoder and C_TAE are our assumptions
     "4b": Preset(128, 256, 24, TAEConfig(), DiTConfig()),
@@ -717,21 +681,18 @@ def weights_path(run):
     return ROOT / "weights/toy.pt" if run is None else Path(run) / "model.pt"
 
 def read_model_file(path):
-    """Preset, TAE and {name: DiT} of a model file, in half precision, memory-mapped.
-
-    ValueError, one line: the file is missing, damaged or of another version."""
+    """Preset, TAE and {name: DiT} of a model file, in half precision, memory-mapped. ValueError:
+    the file is missing, damaged or of another version."""
     content = read_tensors(path, "videojam")
     try:
         config, dits = Preset.from_dict(content["config"]), {}
-        rows = config.dit.channels * config.dit.patch ** 2
         with torch.device("meta"):              # the file's tensors are used: nothing to allocate
             tae = TAE(config.tae)
-            for name, weights in content["dits"].items():
-                motion = weights["W_in.weight"].shape[1] == 2 * rows
+            tae.load_state_dict(content["tae"], assign=True)
+            for name, state in content["dits"].items():
+                motion = state["W_in.weight"].shape[1] > config.dit.channels * config.dit.patch ** 2
                 dits[name] = DiT(dataclasses.replace(config.dit, motion=motion))
-        tae.load_state_dict(content["tae"], assign=True)
-        for name, dit in dits.items():
-            dit.load_state_dict(content["dits"][name], assign=True)
+                dits[name].load_state_dict(state, assign=True)
     except Exception as error:                  # a foreign file can raise almost anything
         raise ValueError(f"{path}: does not fit this version: {one_line(error)}") from None
     return config, tae, dits
@@ -742,14 +703,12 @@ class VideoJAM:
         self.config, self.tae, self.dit, self.which = config, tae.eval(), dit.eval(), which
 
     def save(self, path, **others):
-        """Writes one file: config, TAE, this DiT and the `others` (name=DiT), in half precision.
-        What was loaded and is saved again gives the same videos to the bit."""
+        """Writes one file: config, TAE, this DiT and the `others` (name=DiT), in half precision."""
         def half(module):
             return {k: v.detach().half().cpu().contiguous() for k, v in module.state_dict().items()}
-        dits, config = {self.which: self.dit, **others}, dataclasses.asdict(self.config)
-        config["dit"]["motion"] = False         # a property of each DiT, not of the preset
-        write_tensors(path, {"kind": "videojam", "config": config, "tae": half(self.tae),
-                             "dits": {name: half(dit) for name, dit in dits.items()}})
+        dits = {name: half(dit) for name, dit in {self.which: self.dit, **others}.items()}
+        write_tensors(path, {"kind": "videojam", "config": dataclasses.asdict(self.config),
+                             "tae": half(self.tae), "dits": dits})
 
     @classmethod
     def load(cls, path=ROOT / "weights/toy.pt", which="jam", device="cpu"):
@@ -757,8 +716,7 @@ class VideoJAM:
         config, tae, dits = read_model_file(path)
         if which not in dits:
             raise ValueError(f"{path}: has no {which!r} model, only {', '.join(dits)}")
-        tae, dit = (model.to(device, torch.float32) for model in (tae, dits[which]))
-        return cls(config, tae, dit, which)
+        return cls(config, tae.to(device).float(), dits[which].to(device).float(), which)
 
     @torch.no_grad()
     def generate(self, prompts, steps=100, w1=5., w2=3., seed=0, mode=None, emulated=1000, batch=16,
@@ -773,7 +731,7 @@ class VideoJAM:
         device, motion = next(self.dit.parameters()).device, self.dit.config.motion
         mode = mode or ("inner" if motion else "cfg")
         times = linear_quadratic(steps, emulated).to(device)
-        shape, videos = self.config.latent_shape(), []
+        shape, frames, videos, motions = self.config.latent_shape(), self.config.frames, [], []
         for start in range(0, len(prompts), batch):
             y = tokenize(prompts[start:start + batch], self.config.dit.max_bytes).to(device)
             # x before d, so that models with and without motion start from the same x
@@ -783,11 +741,10 @@ class VideoJAM:
             with autocast(device):
                 x, d = euler_sample(self.dit, x, d if motion else None, y, times, w1, w2, mode,
                                     motion_steps=motion_steps, progress=progress)
-                for i in range(len(x)):         # one by one: pixels take far more memory
-                    video = self.tae.decode(x[i:i + 1], frames=self.config.frames)
-                    rgb = self.tae.decode(d[i:i + 1], True, self.config.frames) if motion else None
-                    videos.append((video, rgb))
-        video, rgb = (torch.cat(parts) if parts[0] is not None else None for parts in zip(*videos))
+                # one by one: pixels take far more memory
+                videos += [self.tae.decode(z, frames=frames) for z in x.split(1)]
+                motions += [self.tae.decode(z, True, frames) for z in d.split(1)] if motion else []
+        video = torch.cat(videos)
         if not video.isfinite().all():
             raise ValueError("the video is not finite: is one of the weights, or w1 or w2?")
-        return video, rgb
+        return video, torch.cat(motions) if motion else None

@@ -18,7 +18,6 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import (ROOT, TINY, at_once, checkpoint, checkpoints, content, equal, randomised,
                       rows, train_command, train_flags)
 
@@ -290,45 +289,29 @@ def test_shipped_raft_on_200_held_out_clips_of_sprites():
           f"{error[moves > 0].median():.3f}")
     assert error.median() < .1 and error[moves > 0].median() < .5   # (2.2 px for a flow of zero)
 
-def stereo(left, right, disparity):
-    """Two files and the disparity (H, W), NaN or 0 where it is not known -> frames (2, 3, H, W),
-    flow (1, 1, H, W) in x, and where it is known."""
-    pair = torch.stack([torch.from_numpy(iio.imread(path)[..., :3]) for path in (left, right)])
-    disparity = torch.from_numpy(disparity)[None, None].float().nan_to_num(0, 0)
-    return pair.permute(0, 3, 1, 2) / 255, -disparity, (disparity > 0).float()
+def torchvision_raft(folder):
+    """torchvision's module of RAFT from its sources, an unzipped wheel: what needs its compiled
+    operators is never asked for."""
+    def module(name, *path, **content):
+        made = types.ModuleType(name)
+        made.__path__ = [str(Path(folder, "torchvision", *path))]
+        made.__dict__.update(content)
+        return made
 
-def motorcycle():
-    folder = Path(os.environ["SKIMAGE"], "skimage/data")
-    return stereo(folder / "motorcycle_left.png", folder / "motorcycle_right.png",
-                  np.load(folder / "motorcycle_disp.npz")["arr_0"])
-
-def aloe():
-    folder = Path(os.environ["OPENCV"], "opencv/samples/data")
-    return stereo(folder / "aloeL.jpg", folder / "aloeR.jpg", iio.imread(folder / "aloeGT.png"))
-
-@pytest.mark.parametrize("read, where, dis", [      # dis: of OpenCV's DIS, medium
-    (motorcycle, "SKIMAGE", (.743, 1.12, 2.628)), (aloe, "OPENCV", (1.11, 1.87, 4.85))])
-def test_shipped_raft_on_stereo_pairs(read, where, dis, monkeypatch):
-    """Real pairs, whose flow is minus the disparity, in three sizes (shorter side, px). They are in
-    pip download --no-deps scikit-image (unzipped: SKIMAGE) and in the sources of
-    opencv-python-headless (OPENCV)."""
-    if where not in os.environ:
-        pytest.skip(f"no path in {where}")
-    pair, truth, known = read()
-    raft, height, results = RAFT.load(), pair.shape[-2], []
-    for side, most in zip((64, 128, 500), dis):
-        size = [round(length * side / height) for length in pair.shape[-2:]]
-        frames, u, share = (F.interpolate(x, size, mode="area") for x in (pair, truth, known))
-        u, counted = u / share.clamp(min=1e-6) * side / height, share > .5
-        for dtype in (torch.float32, torch.bfloat16):
-            monkeypatch.setattr(common, "fast_dtype", lambda device: dtype)
-            flow = estimate_flow(raft, frames[None])[0, :1]
-            error = (flow - torch.cat([u, 0 * u], 1)).norm(dim=1, keepdim=True)
-            results.append(error[counted].mean().item())
-            assert results[-1] < most
-    print(f"\n{read.__name__} of 64, 128, 500 px: "
-          + ", ".join(f"{a:.3f} (bf16 {b:.3f})" for a, b in zip(results[::2], results[1::2])))
-    assert all(b < 1.02 * a for a, b in zip(results[::2], results[1::2]))
+    stand_ins = {
+        "torchvision": module("torchvision"), "torchvision.ops": module("ops", "ops"),
+        "torchvision.models": module("models", "models"),
+        "torchvision.models.optical_flow": module("flow", "models", "optical_flow"),
+        "torchvision.transforms": module("transforms", "transforms"),
+        "torchvision.transforms._presets": module("presets", OpticalFlow=None),
+        "torchvision.utils": module("utils", _log_api_usage_once=lambda *_: None,
+                                    _make_ntuple=lambda x, n: (x,) * n)}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, made in stand_ins.items():
+            patch.setitem(sys.modules, name, made)
+        stand_ins["torchvision.ops"].Conv2dNormActivation = importlib.import_module(
+            "torchvision.ops.misc").Conv2dNormActivation
+        return importlib.import_module("torchvision.models.optical_flow.raft")
 
 @pytest.mark.skipif("TORCHVISION" not in os.environ, reason="no path to an unzipped wheel of "
                     "torchvision in TORCHVISION (pip download --no-deps torchvision)")

@@ -93,12 +93,12 @@ def test_freed_memory_is_kept():
         tensors = [torch.ones(2 ** 22) for _ in range(16)]              # 16 MB each
         del tensors
         faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-    assert faults[-1] - faults[2] < 6000                                # 130,000 without
+    assert faults[-1] - faults[2] < 30_000                              # 130,000 without
 
 @pytest.mark.parametrize("dtype, tolerance", ((torch.bfloat16, 1e-6), (torch.float32, .02)))
 def test_muon_matches_torch(dtype, tolerance, monkeypatch):
     monkeypatch.setattr(common, "fast_dtype", lambda device: dtype)
-    monkeypatch.setattr(common, "POLAR", ((3.4445, -4.7750, 2.0315),) * 5)         # torch's polynomial
+    monkeypatch.setattr(common, "POLAR", ((3.4445, -4.7750, 2.0315),) * 5)     # torch's
     shapes = (12, 40), (12, 40), (40, 12), (8, 3, 3, 6)                 # the kernel: channels last
     ours = [torch.zeros(shape).movedim(-1, 1).requires_grad_() for shape in shapes]
     theirs = [torch.zeros_like(weight.flatten(1), requires_grad=True) for weight in ours]
