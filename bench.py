@@ -398,7 +398,7 @@ def speed_tasks(preset, B, device):
     """{name: (function, how often it does that)}, with random weights."""
     shape, y = preset.latent_shape(), tokenize(["a red square moves left slowly"] * B)
     batch, tasks, dits = (*torch.randn(2, B, *shape), y, sample_noise((B, *shape))), {}, {}
-    side = 4096 if device.type == "cpu" else 8192
+    side = 2048 if device.type == "cpu" else 8192
     square = torch.randn(side, side, dtype=fast_dtype(device), device=device)
     tasks["matrix product"] = lambda: square @ square, 2 * side ** 3 / 1e12     # in TFLOP
     torch.manual_seed(0)

@@ -112,6 +112,23 @@ def test_a_killed_rank_comes_back_by_itself(tmp_path):
             assert ranks.read_text().split()[::2] == ["0", "0", "1", "1"]
         assert_same(whole, out)
 
+def test_checkpoints_move_to_another_number_of_processes(tmp_path):
+    """The last 2 of jam's 10 steps again, by the other number of processes: two (replicated), one."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    at_once(train_command(0, one), train_command(2, two))
+    for out, command in ((one, train_command(2, one, "--stage", "jam", "--replicas", "2")),
+                         (two, train_command(0, two, "--stage", "jam"))):
+        before = checkpoint(out, "jam")
+        shutil.rmtree(checkpoints(out, "jam")[-1])
+        start = checkpoint(out, "jam")
+        at_once(command)
+        again = checkpoint(out, "jam")
+        assert before["step"] == again["step"] == 10 and start["step"] == 8
+        for part in ("model", "ema"):
+            for name, weight in before[part].items():
+                way = (weight - start[part][name]).norm()
+                assert (again[part][name] - weight).norm() <= 1e-3 * way + 1e-6, name
+
 # ---------------------------------------------------------------- many files
 
 def resident():

@@ -199,7 +199,7 @@ def test_new_rows_of_motion_learn_faster():
 def test_raft_is_a_stage_that_resumes_to_the_bit(tmp_path, run, monkeypatch):
     monkeypatch.setattr(train.RAFTStage, "iters", 1)
     monkeypatch.setattr(train, "training_pairs", lambda step, batch, photos:
-                        synthetic.flow_scenes(2, 128, step))
+                        synthetic.flow_scenes(1, 128, step))
     monkeypatch.setattr(train, "estimate_flow", lambda raft, video: 0 * video[:, :, :2])
     flags = "--stage", "raft", "--steps", "3", "--batch", "4", "--device", "cpu", "--out"
     code, printed, err = run(train.main, *flags, tmp_path / "whole")
@@ -392,30 +392,20 @@ def test_a_preview_that_fails_does_not_end_the_run(finished, tmp_path, run, quic
 
 # ---------------------------------------------------------------- several processes
 
-def test_two_processes_equal_one_and_checkpoints_move_between_them(tmp_path):
+def test_two_processes_equal_one(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    at_once(train_command(0, one), train_command(2, two, "--accumulate", "2",
-                                                 "--activation-checkpointing"))
-    for stage in ("tae", "base", "jam", "control"):
+    options = {"steps": 6, "TINY_STAGES": "tae encode base jam"}
+    at_once(train_command(0, one, **options), train_command(
+        2, two, "--accumulate", "2", "--activation-checkpointing", **options))
+    for stage in ("tae", "base", "jam"):
         alone, shared = ([{key: value for key, value in row.items() if "bins" not in key
                            and value is not None} for row in logged(out, stage)]
                          for out in (one, two))
         for row in alone + shared:
             del row["stage"]
-        assert [row["step"] for row in alone] == list(range(1, 11))
+        assert [row["step"] for row in alone] == list(range(1, 7))
         bound = 5e-5 if stage == "jam" else 2e-5    # jam's new rows carry the rounding further
         assert alone == [pytest.approx(row, rel=bound) for row in shared]
-    # the last 2 of 10 steps again, on the other number of processes
-    before = checkpoint(one, "jam")
-    shutil.rmtree(checkpoints(one, "jam")[-1])
-    start = checkpoint(one, "jam")
-    at_once(train_command(2, one, "--stage", "jam", "--replicas", "2"))
-    again = checkpoint(one, "jam")
-    assert before["step"] == again["step"] == 10 and start["step"] == 8
-    for part in ("model", "ema"):
-        for name, weight in before[part].items():
-            way = (weight - start[part][name]).norm()
-            assert (again[part][name] - weight).norm() <= 1e-3 * way + 1e-6, name
 
 # ---------------------------------------------------------------- starting points, dry run
 

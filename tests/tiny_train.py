@@ -1,6 +1,7 @@
 """train.py with a tiny preset, for tests that start processes: python tests/tiny_train.py FLAGS.
 
-Environment: TINY_STEPS and TINY_CLIPS are the stages' and encode's steps. TINY_PHASE names a file
+Environment: TINY_STEPS and TINY_CLIPS are the stages' and encode's steps, TINY_STAGES the stages
+(default: all); TINY_LARGE takes a large preset, for a GPU. TINY_PHASE names a file
 that always says what the run is at: "encode", "step" or "save", the writing of a checkpoint."""
 import dataclasses
 import os
@@ -52,6 +53,7 @@ if __name__ == "__main__":
         use_large_preset()
     else:
         use_tiny_preset(int(os.environ["TINY_STEPS"]), int(os.environ["TINY_CLIPS"]))
+    train.STAGES = os.environ.get("TINY_STAGES", " ".join(train.STAGES)).split()
     if "TINY_PHASE" in os.environ:
         tell_phases(Path(os.environ["TINY_PHASE"]))
     sys.argv[0] = "train.py"
