@@ -133,7 +133,7 @@ def test_muon_takes_matrices_and_adamw_the_rest(model):
     adamw.step(), muon.step()
     for name, step in model.named_parameters():
         if step.ndim == 1 or name.endswith(("embed.weight", "table")):
-            assert ((step.abs() - 1).abs() < 1e-3).all()
+            assert ((step.abs() - 1).abs() < .05).all()
         else:
             step = step.detach().flatten(1)
             values = torch.linalg.svdvals(step) / (.2 * max(step.shape) ** .5)
