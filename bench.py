@@ -2,15 +2,13 @@
 
     python bench.py                         all of them (--quick for a look): runs/bench/report.html
     python bench.py compare --n 500         one (runs/bench/compare/report.html) of motivation,
-                                            compare, ablation, sdedit; or speed
+                                            compare, ablation, sdedit
     python bench.py metrics FOLDER          VBench's motion metrics of anybody's videos
-    python bench.py generate PROMPTS.txt FOLDER     samples of a prompt file, named as for VBench
     python bench.py rate A/ B/              a page that asks people which video is better
     python bench.py votes votes-*.json      the table of their votes
 """
 import argparse
 import base64
-import dataclasses
 import functools
 import html
 import itertools
@@ -20,26 +18,22 @@ import os
 import re
 import shlex
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 from tqdm import tqdm
 
-from common import (ROOT, Parser, autocast, can_compile, compile_layers, device_of, fast_dtype,
-                    grid, is_out_of_memory, keep_freed_memory, make_optimizers, open_video,
-                    positive_int, read_lines, report_errors, write_text, write_video)
+from common import (ROOT, Parser, autocast, can_compile, compile_layers, device_of, file_stem, grid,
+                    is_out_of_memory, keep_freed_memory, open_video, positive_int, read_json,
+                    read_lines, report_errors, write_text, write_video)
 from data import SUFFIXES
-from flow import RAFT, estimate_flow, flow_to_rgb, rgb_to_flow
+from flow import RAFT, estimate_flow, flow_to_rgb
 from metrics import (VBENCH, cell, held_out_clips, interval, mean_row, paired, score_clips, vbench)
 from synthetic import HELD_OUT, sprite_clips
-from train import needs_checkpointing
-from videojam import (PRESETS, TAE, DiT, VideoJAM, euler_sample, flow_matching_loss, interpolate,
-                      joint_loss, linear_quadratic, print_truncated, sample_noise,
-                      set_activation_checkpointing, tokenize, truncate, velocity, weights_path)
+from videojam import (Noise, VideoJAM, euler_sample, flow_matching_loss, interpolate, joint_loss,
+                      linear_quadratic, tokenize, weights_path)
 
 # ---------------------------------------------------------------- what the experiments start from
 
@@ -61,21 +55,17 @@ class Evaluator:
                 print(f"{path}: no {which} model, its rows are left out")
                 continue
             if self.device.type == "cpu" and can_compile(self.device):  # a GPU samples faster
-                dit = self.models[which].dit
-                compile_layers([*dit.blocks, *dit.text.layers])
+                compile_layers(self.models[which].dit)
         self.config, self.tae = self.models["jam"].config, self.models["jam"].tae
         self.video, self.flow, self.captions, self.scenes = held_out_clips(
             args.n, self.config.frames, self.config.size)
         self.rgb = flow_to_rgb(self.flow, self.config.sigma)
-        self.also = {run: VideoJAM.load(run / "model.pt", device=self.device)
-                     for run in args.also or ()}
 
     @functools.lru_cache(4)             # compare's samples, which ablation shows again
     def sample(self, which="jam", **options):
-        """Video and RGB motion for the prompts (--seeds times all of them, one after the other).
-        Sample i starts from the noise of HELD_OUT + i."""
+        """Video and RGB motion, --seeds times of all prompts; sample i has HELD_OUT + i's noise."""
         defaults = {"steps": self.args.steps, "w1": self.args.w1, "w2": self.args.w2}
-        made = (self.models | self.also)[which].generate(
+        made = self.models[which].generate(
             self.captions * self.args.seeds, seed=HELD_OUT, batch=50,
             progress=f"{which} {options or ''}", **{**defaults, **options})
         return tuple(None if part is None else part.cpu() for part in made)
@@ -145,21 +135,20 @@ def motivation(e):
              for order in (None, orders)]
     times = linear_quadratic(100).to(e.device)
     steps = range(0, 100, 1 if e.args.steps >= 100 else 5)
-    models = {which: (model.dit, 1) for which, model in e.models.items()}
-    models["jam, d = 0"] = models["jam"][0], 0
+    models = {which: (model.dit, False) for which, model in e.models.items()}
+    models["jam, d = 0"], nobody = (e.models["jam"].dit, True), torch.zeros(n, dtype=torch.bool)
     relative, absolute, table, levels, shown = {}, {}, [], [], (0, 20, 40, 60, 80, 90, 95)
-    for which, (dit, with_d) in models.items():
+    for which, (dit, no_motion) in models.items():
         losses = np.zeros((len(steps), 2, n))           # of the clip, and of the permuted clip
         for k, order in tqdm(itertools.product(range(len(steps)), range(2)),
                              f"motivation {which}", 2 * len(steps)):
             x1, d1, x0, d0 = clips[order]
-            t = times[steps[k]].expand(n)
-            z = interpolate(x1, x0, t)
-            if dit.config.motion:
-                z = torch.cat([z, with_d * interpolate(d1, d0, t)], 1)
+            options = {"reduction": "channels", "noise": Noise(
+                times[steps[k]].expand(n), x0, d0, nobody, nobody | no_motion)}
             with torch.no_grad(), autocast(e.device):
-                u = dit(z, t, y)[:, :x1.shape[1]]
-            losses[k, order] = (u - velocity(x1, x0)).square().flatten(1).mean(1).cpu()
+                mse = joint_loss(dit, x1, d1, y, **options) if dit.config.motion else \
+                    flow_matching_loss(dit, x1, y, **options)
+            losses[k, order] = mse[:, :x1.shape[1]].mean(1).cpu()
         rises, differences = losses[:, 1] / losses[:, 0] - 1, losses[:, 1] - losses[:, 0]
         relative[which] = steps, [interval(rise) for rise in rises]
         absolute[which] = steps, [interval(difference) for difference in differences]
@@ -172,11 +161,9 @@ def motivation(e):
     header = ["", *(f"step {k}, t = {times[k]:.3f}" for k in shown)]
     by_t = {name: ([float(times[k]) for k in steps], gaps) for name, (_, gaps) in relative.items()}
     return {"about": "Rise of the appearance loss when a clip's frames are permuted; "
-                     f"n = {n} clips (64 at most), the same noise and permutation for every model. "
-                     "Flat: the share of steps up to 60 where the relative rise is surely below "
-                     "2%. VideoJAM sees the noised flow of the permuted clip too; with d = 0 it "
-                     "does not. The paper has 35,000 training clips at a random step each, and the "
-                     "absolute rise.",
+                     f"n = {n} clips, the same noise and permutation for every model. Flat: the "
+                     "share of steps up to 60 where the relative rise is surely below 2%. VideoJAM "
+                     "sees the noised flow of the permuted clip too; with d = 0 it does not.",
             "tables": [(["", "flat up to step 60", "mean rise %"], table), (header, levels)],
             "curves": [("relative rise %, by the sampler's step", relative, 100),
                        ("relative rise %, by t (0 noise, 1 data)", by_t, 100),
@@ -184,60 +171,43 @@ def motivation(e):
 
 # ---------------------------------------------------------------- Sec. 5: Tables 1, 2, 4 and 3
 
-def vbench_rows(e, video, motion, name):
-    """VBench's metrics of the first --few clips, and how far predicted motion is from RAFT's."""
-    rows = []
-    for i, clip in enumerate(tqdm(video[:e.args.few], desc=f"flow of {name}")):
-        clip = clip.to(e.device)
-        seen = estimate_flow(e.raft, clip[None])[0]
-        rows.append({**vbench(clip, e.config.fps, e.raft, seen if e.config.fps == 8 else None),
-                     "apart": None})
-        if motion is not None:
-            told = rgb_to_flow(motion[i].to(e.device), e.config.sigma)
-            moving = (told.norm(dim=1) > .3) | (seen.norm(dim=1) > .3)
-            if moving.any():
-                rows[-1]["apart"] = (told - seen).norm(dim=1)[moving].mean().item()
-    return rows
-
 def compare(e):
     """Tables 1, 2, 4: base, control (plain fine-tuning for the same steps) and VideoJAM."""
     args, n = e.args, e.args.n
     alone, guided = "VideoJAM, w2 = 0", f"VideoJAM, w2 = {args.w2:g}"
-    videos = {name: (video, e.rgb if name == "real clips" else None)
-              for name, video in e.upper_bounds.items()}
-    videos |= {which: e.sample(which) for which in ("base", "control") if which in e.models}
-    videos |= {alone: e.sample(w2=0.), guided: e.sample()}
-    results = {name: score_clips(video, e.scenes) for name, (video, _) in videos.items()}
-    kinds = sorted({r["kind"] for r in results["real clips"]})
-    by_kind = [[name, *(cell([r["motion_ok"] for r in rows if r["kind"] == k], 100, share=True)
-                        for k in kinds),
-                cell([r["motion_ok"] for r in rows if r["held_out"]], 100, share=True)]
+    videos = e.upper_bounds
+    videos |= {which: e.sample(which)[0] for which in ("base", "control") if which in e.models}
+    videos |= {alone: e.sample(w2=0.)[0], guided: e.sample()[0]}
+    results = {name: score_clips(video, e.scenes) for name, video in videos.items()}
+    groups = {kind: [row["kind"] == kind for row in results["real clips"]]
+              for kind in sorted({row["kind"] for row in results["real clips"]})}
+    groups["unseen combinations"] = [row["held_out"] for row in results["real clips"]]
+    by_kind = [[name, *(cell([row["motion_ok"] for row in itertools.compress(rows, group)], 100,
+                             share=True) for group in groups.values())]
                for name, rows in results.items()]
-    counts = [f"{k} (n {sum(r['kind'] == k for r in results['real clips'])})" for k in kinds]
-    unseen = f"unseen combinations (n {sum(r['held_out'] for r in results['real clips'])})"
+    counts = [f"{name} (n {sum(group)})" for name, group in groups.items()]
     header, by_raft = score_table(
-        {name: vbench_rows(e, *videos[name], name) for name in videos},
-        VBENCH | {"apart": "motion predicted against seen by RAFT, px"})
+        {name: [vbench(clip.to(e.device), e.config.fps, e.raft)
+                for clip in tqdm(video[:args.few], f"RAFT on {name}")]
+         for name, video in videos.items()}, VBENCH)
     tables = [score_table(results, SCORES),
               *([paired_table(results, "control")] if "control" in results else []),
               paired_table({name: results[name] for name in (alone, guided)}, alone),
-              (["motion as named %", *counts, unseen], by_kind),
+              (["motion as named %", *counts], by_kind),
               ([f"the first {min(n, args.few)} prompts", *header[1:]], by_raft)]
     psnr = [cell((-10 * (a - b).square().mean((1, 2, 3, 4)).log10()).tolist()) for a, b in (
-        (e.video, videos["through the TAE"][0]), (e.rgb, e.reconstruct(e.rgb, True)))]
-    return {"about": f"n = {n} prompts of held-out clips of one sprite on a plain background "
-                     f"({len(set(e.captions))} of them different), samples of each: {args.seeds}, "
-                     f"the same noise for every model, {args.steps} steps, w1 = {args.w1:g}; 95% "
-                     "intervals over prompts, Wilson's for shares, by bootstrap for all else; p "
-                     "values are not corrected for their number. Real clips and TAE "
-                     f"reconstructions are upper bounds. TAE: {psnr[0]} dB, RGB flow {psnr[1]} dB.",
+        (e.video, videos["through the TAE"]), (e.rgb, e.reconstruct(e.rgb, True)))]
+    return {"about": f"n = {n} prompts of held-out clips ({len(set(e.captions))} of them "
+                     f"different), {args.seeds} samples each, the same noise for every model, "
+                     f"{args.steps} steps, w1 = {args.w1:g}; 95% intervals over prompts, Wilson's "
+                     "for shares, else by bootstrap; p values are not corrected for their number. "
+                     f"TAE: {psnr[0]} dB, RGB flow {psnr[1]} dB.",
             "tables": tables, "clips": results,
-            "shown": [(name, video[:8]) for name, (video, _) in videos.items()]
+            "shown": [(name, video[:8]) for name, video in videos.items()]
             + [("motion predicted by VideoJAM", e.sample()[1][:8])]}
 
 def ablation(e):
-    """Table 3 (its "w/o Inner-Guidance" is w2 = 0, "w/o optical flow" is d = 0), and what it leaves
-    open: w2, and how long it acts."""
+    """Table 3 (w/o Inner-Guidance: w2 = 0; w/o optical flow: d = 0), and how much w2, how long."""
     steps, w2 = e.args.steps, e.args.w2
     first = f"VideoJAM, w2 = {w2:g}"
     variants = {first: {}, "without text guidance": {"w1": 0.},
@@ -246,7 +216,6 @@ def ablation(e):
     variants |= {f"w2 = {w:g}": {"w2": w} for w in (1., 2., 4., 6.) if w != w2}
     variants |= {f"w2 in the first {share}% of steps": {"motion_steps": steps * share / 100}
                  for share in (25, 75, 100)}
-    variants |= {str(run): {"which": run} for run in e.also}
     rows = {name: score_clips(video, e.scenes) for name, video in e.upper_bounds.items()}
     rows |= {name: score_clips(e.sample(**options)[0], e.scenes)
              for name, options in variants.items()}
@@ -303,10 +272,6 @@ def videos_of(folder, suffixes=SUFFIXES):
         raise ValueError(f"{folder}: no videos ({', '.join(sorted(suffixes))}) in it")
     return paths
 
-def file_stem(prompt):
-    """A prompt as a file's name: no slash or NUL, 180 bytes at most (a name holds 255)."""
-    return truncate(re.sub("[/\0]", " ", prompt), 180)
-
 def prompt_of(stem):
     """The prompt, or what of it fits a file's name, of a video named PROMPT-INDEX."""
     return re.sub(r"-\d+$", "", stem)
@@ -326,15 +291,9 @@ def read_whole(path, size):
     return torch.cat(frames), meta["fps"]
 
 def metrics(args):
-    """VBench's motion metrics of a folder of videos, `{prompt}-{index}.mp4` as VBench names them;
-    with a prompt file, of its prompts alone."""
-    paths, rows, skipped, missing = videos_of(args.paths[0]), {}, 0, 0
-    device = device_of(args.device)
+    """VBench's motion metrics of a folder of videos, named PROMPT-INDEX as VBench does."""
+    paths, rows, skipped, device = videos_of(args.paths[0]), {}, 0, device_of(args.device)
     raft = RAFT.load().to(device)
-    if len(args.paths) == 2:
-        wanted = {file_stem(prompt) for prompt in read_lines(args.paths[1])}
-        missing = len(wanted - {prompt_of(path.stem) for path in paths})
-        paths = [path for path in paths if prompt_of(path.stem) in wanted]
     args.out.mkdir(parents=True, exist_ok=True)             # fail before the long work
     for path in tqdm(paths, desc="metrics"):
         try:
@@ -349,110 +308,14 @@ def metrics(args):
             tqdm.write(f"{path.name}: not named PROMPT-INDEX, its name is taken as the prompt")
         rows[path.name] = vbench(video.to(device) / 255, fps, raft)
     if not rows:
-        raise ValueError(f"{args.paths[0]}: no video to measure ({skipped} cannot be read, "
-                         f"{missing} prompts have none)")
+        raise ValueError(f"{args.paths[0]}: none of its {skipped} videos can be read")
     size = f"resized to {args.size} px" if args.size else "in their own sizes"
     prompts = by_prompt(((Path(name).stem, row) for name, row in rows.items()), mean_row)
     return {"about": f"n = {len(rows)} videos of {len(prompts)} prompts, {size}, {skipped} "
-                     f"skipped, {missing} prompts without a video. Means of prompts, whose videos "
-                     "are averaged first; 95% intervals by bootstrap over prompts. By VBench's "
-                     "formulas; RAFT is ours, and interpolates in place of AMT.",
+                     "skipped. Means of prompts, whose videos are averaged first; 95% intervals "
+                     "over prompts. By VBench's formulas; RAFT is ours, and in AMT's place.",
             "tables": [score_table({args.paths[0]: prompts}, VBENCH)],
             "videos": rows}
-
-def generate(args):
-    """A folder of samples for a prompt file, named as VBench wants them."""
-    prompts, out = list(dict.fromkeys(read_lines(args.paths[0]))), Path(args.paths[1])
-    if len(set(map(file_stem, prompts))) < len(prompts):
-        raise ValueError(f"{args.paths[0]}: two prompts have the same first 180 bytes, and so the "
-                         "same file name")
-    model = VideoJAM.load(weights_path(args.run), args.which, device_of(args.device))
-    out.mkdir(parents=True, exist_ok=True)
-    print_truncated(prompts, model.config.dit.max_bytes)
-    many = [prompt for prompt in prompts for _ in range(args.seeds)]
-    for start in tqdm(range(0, len(many), 16), desc="generate"):     # written as they come
-        some = many[start:start + 16]
-        video, _ = model.generate(some, args.steps, args.w1, args.w2, seed=start)
-        for i, (prompt, clip) in enumerate(zip(some, video), start):
-            write_video(out / f"{file_stem(prompt)}-{i % args.seeds}.mp4", clip, model.config.fps)
-    print(f"{out}: {len(many)} videos")
-
-# ---------------------------------------------------------------- speed
-
-def training_step(dit, batch, device):
-    """A whole training step of a DiT, with its optimizers, as a function."""
-    optimizers, noise = make_optimizers(dit, 0.), batch[-1]
-
-    def step():
-        x1, d1, y = (part.to(device) for part in batch[:-1])
-        dit.zero_grad()
-        with autocast(device):
-            loss = joint_loss(dit, x1, d1, y, noise=noise) if dit.config.motion else \
-                flow_matching_loss(dit, x1, y, noise=noise)
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-    return step
-
-def speed_tasks(preset, B, device):
-    """{name: (function, how often it does that)}, with random weights."""
-    shape, y = preset.latent_shape(), tokenize(["a red square moves left slowly"] * B)
-    batch, tasks, dits = (*torch.randn(2, B, *shape), y, sample_noise((B, *shape))), {}, {}
-    side = 2048 if device.type == "cpu" else 8192
-    square = torch.randn(side, side, dtype=fast_dtype(device), device=device)
-    tasks["matrix product"] = lambda: square @ square, 2 * side ** 3 / 1e12     # in TFLOP
-    torch.manual_seed(0)
-    for name in ("base", "jam"):
-        with torch.device(device):
-            dits[name] = DiT(dataclasses.replace(preset.dit, motion=name == "jam"))
-        for weight in dits[name].parameters():
-            nn.init.normal_(weight, std=.02)            # zeros would be faster to sum
-        set_activation_checkpointing(dits[name], needs_checkpointing(preset))
-        if can_compile(device):
-            compile_layers([*dits[name].blocks, *dits[name].text.layers])
-        tasks[f"training step, {name}"] = training_step(dits[name], batch, device), B
-    clips = max(1, min(8, 2 ** 19 // (preset.frames * preset.size ** 2)))       # 8 of the toy's
-    video = sprite_clips(range(clips), preset.frames, preset.size)[0].to(device)
-    tae, raft, times = TAE(preset.tae).to(device), RAFT.load().to(device), linear_quadratic(4)
-    tasks["TAE, encode"] = torch.no_grad()(autocast(device)(lambda: tae.encode(video))), clips
-    tasks["RAFT, a pair of frames"] = lambda: estimate_flow(raft, video[:1]), preset.frames - 1
-    x, text, times = torch.randn(B, *shape, device=device), y.to(device), times.to(device)
-    for mode in ("none", "cfg", "inner"):
-        tasks[f"sampling, {mode}, a step"] = autocast(device)(functools.partial(
-            euler_sample, dits["jam"], x, x, text, times, mode=mode)), 4 * B
-    tasks["a sprite clip, rendered"] = \
-        lambda: sprite_clips(range(clips), preset.frames, preset.size), clips
-    return tasks
-
-def speed(args):
-    """Prints the time of each part at a preset's or a run's size. The tasks take turns, so that what
-    else the machine does meets them alike: two turns to warm up, then three to seven."""
-    device = device_of(args.device)
-    preset = PRESETS[args.preset] if args.preset else VideoJAM.load(weights_path(args.run)).config
-    tasks, turns = speed_tasks(preset, args.batch, device), []
-    for _ in tqdm(range(9), "by turns"):
-        if len(turns) >= 5 and np.sum(turns[2:]) > 60:
-            break
-        turns.append([])
-        for function, _ in tasks.values():
-            start = time.perf_counter()
-            function()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            turns[-1].append(time.perf_counter() - start)
-    seconds = dict(zip(tasks, np.array(turns[2:]).T))               # a number for each turn
-
-    def ratio(one, other):                      # within a turn
-        return float(np.median(seconds[one] / seconds[other]))
-
-    result = {name: 1e3 * float(np.median(seconds[name])) / count
-              for name, (_, count) in tasks.items()}
-    ratios = {"training step, jam / base": ratio("training step, jam", "training step, base"),
-              "sampling, inner / cfg": ratio("sampling, inner, a step", "sampling, cfg, a step")}
-    print(markdown((["", "ms (of a clip; of the matrix product: of a TFLOP)"],
-                    [[name, f"{ms:.3g}"] for name, ms in (result | ratios).items()])), "\n")
-    print(json.dumps({**result, **ratios, "batch": args.batch,
-                      "threads": torch.get_num_threads()}))
 
 # ---------------------------------------------------------------- human evaluation (2AFC)
 
@@ -484,14 +347,11 @@ def rate(args):
           "open it, vote, save, then python bench.py votes votes-*.json")
 
 def votes(args):
-    """The paper's table: the share of votes for A, as the mean over prompts, and how far raters
-    agree. (The paper has 5 raters a pair, 640 votes a baseline at least.)"""
+    """The paper's table: the share of votes for A, as the mean over prompts, and the agreement."""
     ballots, sides = {}, set()
     for path in args.paths:
         try:
-            content = json.loads(Path(path).read_text())
-            if content["kind"] != "videojam votes":
-                raise ValueError("another kind of file")
+            content = read_json(Path(path), "a", "b", "rater", "votes")
             sides.add((content["a"], content["b"]))
             for v in content["votes"]:
                 ballots.setdefault((v["question"], str(v["pair"])), {})[content["rater"]] = \
@@ -550,8 +410,7 @@ def markdown(table):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 def report(out, sections, fps):
-    """results.json, report.md, report.html (self-contained) and its curves as .svg, of {name:
-    section}."""
+    """{name: section} -> results.json, report.md, report.html (self-contained), curves as .svg."""
     out.mkdir(parents=True, exist_ok=True)
     text, page = ["# VideoJAM: experiments"], []
     for name, section in sections.items():
@@ -585,21 +444,19 @@ def report(out, sections, fps):
 # ---------------------------------------------------------------- command line
 
 EXPERIMENTS = {"motivation": motivation, "compare": compare, "ablation": ablation, "sdedit": sdedit}
-PATHS = {"metrics": (1, 2, "a folder of videos, and a prompt file if you like"),
-         "generate": (2, 2, "a prompt file and a folder"),
+PATHS = {"metrics": (1, 1, "a folder of videos"),
          "rate": (2, 3, "two folders of videos with the same names, and a prompt file if you like"),
          "votes": (1, math.inf, "one or more files of votes on the same two folders")}
-BY_ITSELF = {"metrics": metrics, "generate": generate, "rate": rate, "votes": votes, "speed": speed}
+BY_ITSELF = {"metrics": metrics, "rate": rate, "votes": votes}
 
 def parse():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
-    flag("experiment", nargs="?", choices=[*EXPERIMENTS, *BY_ITSELF], help="default: all, speed")
-    flag("paths", nargs="*", help="of metrics, generate, rate and votes")
+    flag("experiment", nargs="?", choices=[*EXPERIMENTS, *BY_ITSELF],
+         help="default: the first four")
+    flag("paths", nargs="*", help="of metrics, rate and votes")
     flag("--run", help="folder of a training run; default: the shipped weights")
-    flag("--also", nargs="*", type=Path, help="other runs, a row each in the ablation")
     flag("--n", type=positive_int, help="prompts (default: 50, 16 with --quick)")
-    flag("--which", choices=("jam", "base", "control"), default="jam", help="generate: its model")
     flag("--seeds", type=positive_int, default=1, help="samples of each prompt, which are averaged")
     flag("--steps", type=positive_int, help="of the sampler (default: 100, 25 with --quick; "
          "sdedit's and motivation's are those of 100)")
@@ -607,8 +464,6 @@ def parse():
     flag("--w2", type=float, default=3., help="motion guidance (%(default)g)")
     flag("--quick", action="store_true", help="16 prompts, 25 steps, RAFT for 4 of them: a look")
     flag("--size", type=positive_int, help="metrics: resize videos to so many pixels a side first")
-    flag("--preset", choices=list(PRESETS), help="speed: a size; default: the run's")
-    flag("--batch", type=positive_int, default=64, help="speed: clips in a step")
     flag("--device", help="default: a GPU if there is one")
     flag("--out", type=Path, help="folder; default: runs/bench, or in it")
     args = parser.parse_intermixed_args()
@@ -635,8 +490,6 @@ def main():
     for name in [args.experiment] if args.experiment else EXPERIMENTS:
         sections[name] = {**EXPERIMENTS[name](evaluator), "command": command}
         report(args.out, sections, evaluator.config.fps)
-    if not args.experiment:
-        speed(args)
 
 if __name__ == "__main__":
     report_errors(main)

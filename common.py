@@ -3,9 +3,11 @@ import argparse
 import contextlib
 import ctypes
 import datetime
+import itertools
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -103,14 +105,19 @@ def write_text(path, text):
 
 def read_lines(path):
     """The prompts of a text file, one a line. ValueError where there are none."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {getattr(error, 'strerror', 'not UTF-8')}") from None
-    prompts = [line.strip() for line in lines if line.strip()]
+    text = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")
+    prompts = [line.strip() for line in text.split("\n") if line.strip()]
     if not prompts:
         raise ValueError(f"{path}: no prompt in it")
     return prompts
+
+def truncate(prompt, max_bytes):
+    """A prompt's first bytes, max_bytes at most (None: all), up to the end of a character."""
+    return prompt.encode()[:max_bytes].decode(errors="ignore")
+
+def file_stem(prompt):
+    """A prompt as a file's name: no slash or NUL, 180 bytes at most (a name holds 255)."""
+    return truncate(re.sub("[/\0]", " ", prompt), 180)
 
 def read_json(path, *keys):
     """The dict of a .json file that has these keys. ValueError where it is damaged."""
@@ -124,19 +131,15 @@ def write_tensors(path, content):
     """torch.save of a dict with CPU tensors, which machines without a GPU can read."""
     write_file(path, lambda temporary: torch.save(content, temporary))
 
-def read_tensors(path, kind):
-    """The dict of a file of `write_tensors` of this "kind", memory-mapped; no code in it can run.
-    ValueError if it is missing, damaged or of another kind."""
+def read_tensors(path, kind=None):
+    """The dict of a `write_tensors` file of a "kind"; no code in it runs. ValueError for others."""
     try:
         content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except Exception:                           # a damaged file can raise almost anything
-        raise ValueError(f"{path}: not a {kind} file, or damaged") from None
+    except Exception as error:                  # a damaged file can raise almost anything
+        reason = getattr(error, "strerror", None) or "damaged, or not a file of weights"
+        raise ValueError(f"{path}: {reason}") from None
     if not isinstance(content, dict) or content.get("kind") != kind:
-        raise ValueError(f"{path}: not a {kind} file")
+        raise ValueError(f"{path}: not a {kind or 'state dict'} file")
     return content
 
 # ---------------------------------------------------------------- videos
@@ -170,8 +173,11 @@ def write_video(path, video, fps, scale=None):
     scale = scale or max(1, round(256 / video.shape[-2]))
     frames = (video.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     frames = frames.repeat(scale, 1).repeat(scale, 2)
-    if Path(path).suffix == ".gif":             # as bytes: imageio prints tracebacks on a full disk
-        data = iio.imwrite("<bytes>", frames, extension=".gif", loop=0, duration=1000 / fps)
+    if Path(path).suffix.lower() == ".gif":
+        ends = [round(100 * k / fps) for k in range(len(frames) + 1)]  # a gif counts in 1/100 s
+        durations = [10 * (end - start) for start, end in itertools.pairwise(ends)]
+        # as bytes: imageio prints tracebacks on a full disk
+        data = iio.imwrite("<bytes>", frames, extension=".gif", loop=0, duration=durations)
         write_file(path, lambda temporary: temporary.write_bytes(data))
     else:
         write_file(path, lambda temporary: write_mp4(temporary, frames, fps))
@@ -192,13 +198,14 @@ def keep_freed_memory():
 
 def device_of(name):
     """The torch.device of --device, by default a GPU if there is one. ValueError if absent."""
-    name, why = name or ("cuda" if torch.cuda.is_available() else "cpu"), "meta holds no numbers"
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        if (device := torch.empty(0, device=name).device).type != "meta":
-            return device
-    except (RuntimeError, AssertionError, ImportError) as error:
-        why = one_line(error)
-    raise ValueError(f"--device {name}: no such device, take cpu or cuda ({why})")
+        number = torch.zeros(1, device=name)
+        number.cpu()                            # fails for "meta"
+        return number.device
+    except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
+        raise ValueError(f"--device {name}: no such device, take cpu or cuda ({one_line(error)})"
+                         ) from None
 
 # {instruction set: whether this CPU has it}; empty in torch 2.11, which does not tell
 CPU_HAS = getattr(torch.cpu, "get_capabilities", dict)()
@@ -217,11 +224,11 @@ def can_compile(device):
     """Whether torch.compile works here: on a CPU it needs a C++ compiler."""
     return device.type != "cpu" or shutil.which(os.environ.get("CXX", "g++")) is not None
 
-def compile_layers(layers):
-    """torch.compile for each layer: training on a CPU gets twice as fast."""
+def compile_layers(dit):
+    """torch.compile for each layer of a DiT: training on a CPU gets twice as fast."""
     # GCC 12 does not know newer Xeons, and the code it then makes for AVX512 has NaN gradients
     known = CPU_HAS.get("avx512_f") and "cpp.march" in torch._inductor.list_options()
-    for layer in layers:
+    for layer in (*dit.text.layers, *dit.blocks):
         layer.compile(options={"cpp.march": "skylake-avx512"} if known else None)
 
 # ---------------------------------------------------------------- processes: one, or torchrun's
@@ -272,8 +279,7 @@ POLAR = ((8.3019, -24.0424, 17.4699), (4.0103, -2.9290, .5430), (3.5027, -2.5773
          (2.5229, -1.8395, .4272))
 
 def orthogonalize(matrices):
-    """Matrices (n, rows, columns) with the same singular vectors and singular values of .78 to
-    1.22. Smaller ones than .003 of the matrix's norm grow about 290 times."""
+    """Matrices (n, rows, columns) -> the same singular vectors, singular values of .78 to 1.22."""
     if hasattr(matrices, "placements"):         # sharded rows: each process takes whole matrices
         from torch.distributed.tensor import DTensor, Shard     # takes a second to import
         rows, mesh = matrices.placements, matrices.device_mesh

@@ -27,7 +27,7 @@ from imageio_ffmpeg import count_frames_and_secs
 from tqdm import tqdm
 
 from common import barrier, open_video, print0, rank, read_json, write_text
-from flow import estimate_flow, flow_to_rgb, read_image
+from flow import estimate_flow, flow_to_rgb
 from synthetic import HELD_OUT, sprite_clips
 from videojam import tokenize
 
@@ -147,9 +147,9 @@ def print_skipped(reasons):
 # ---------------------------------------------------------------- datasets
 
 class Sprites:
-    """The sprite world, endless: clip i is seed i, with its exact flow, or RAFT's with `raft`."""
-    def __init__(self, preset, clutter, raft=None):
-        self.preset, self.clutter, self.raft = preset, clutter, raft
+    """The sprite world, endless: clip i is seed i, with its exact flow."""
+    def __init__(self, preset, clutter):
+        self.preset, self.clutter = preset, clutter
 
     def keys(self, n):
         return list(range(n))
@@ -168,8 +168,7 @@ class Sprites:
         return self.read(range(HELD_OUT, HELD_OUT + n))
 
     def motion(self, video, flow):
-        flow = flow.to(video.device) if self.raft is None else estimate_flow(self.raft, video)
-        return flow_to_rgb(flow, self.preset.sigma)
+        return flow_to_rgb(flow.to(video.device), self.preset.sigma)
 
 class Folder:
     """A folder of videos, their flow by RAFT. A key is (file name, first frame, file size): a file
@@ -190,8 +189,7 @@ class Folder:
         self.order = sorted(self.keys(64), key=lambda key: zlib.crc32(repr(key).encode()))
 
     def examine_all(self, path, workers):
-        """Writes {name: {caption, stamp, frames} or {reason}} and prints a summary. Only videos
-        that have changed since the last time are opened."""
+        """Writes {name: {caption, stamp, frames} or {reason}}; opens what has changed alone."""
         layout, found = find_videos(self.folder)
         before, listing = read_json(path) if path.is_file() else {}, {}
 
@@ -274,17 +272,6 @@ class Folder:
         if keys is None:
             return flow_to_rgb(estimate_flow(self.raft, video), self.preset.sigma)
         return torch.stack([self.flow_cached(key) for key in keys]).to(video.device) / 255
-
-def read_photos(folder):
-    """The images of a folder, (3, H, W) uint8, sides of 64 px at least. ValueError if none."""
-    photos = []
-    for path in sorted(Path(folder).glob("*")):
-        with contextlib.suppress(ValueError):
-            photos.append((read_image(path) * 255).round().byte())
-    photos = [photo for photo in photos if min(photo.shape[1:]) >= 64]
-    if not photos:
-        raise ValueError(f"{folder}: no images of 64 px or more in it")
-    return photos
 
 # ---------------------------------------------------------------- latents, prefetching
 

@@ -1,7 +1,6 @@
 """Motion from video: optical flow as RGB (Eq. 5), and RAFT, which estimates it (Sec. 4.2).
 
     python flow.py video.mp4        writes the flow of a video, as a video beside it
-    python flow.py --eval FOLDER    end-point error on pairs of frames with true flow
 
 RAFT's weights are ours; `python train.py --stage raft` trains them. Flow is (..., 2, H, W) in
 pixels per frame, x (right) then y (down). Flow k goes from frame k to frame k + 1; the last one is
@@ -12,15 +11,14 @@ import math
 from collections import OrderedDict
 from pathlib import Path
 
-import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from common import (ROOT, Parser, autocast, device_of, one_line, open_video, report_errors,
-                    write_file, write_mp4)
+from common import (ROOT, Parser, autocast, device_of, one_line, open_video, read_tensors,
+                    report_errors, write_file, write_mp4)
 
 # ---------------------------------------------------------------- Sec. 4.2: flow as RGB (Eq. 5)
 
@@ -232,16 +230,12 @@ class RAFT(nn.Module):
 
     @classmethod
     def load(cls, path=ROOT / "weights/raft.pt"):
-        """A RAFT with our weights or torchvision's raft_small; fp32, eval mode, no gradients.
-        ValueError, one line, if the file is missing, damaged or another network's."""
-        if not Path(path).is_file():
-            raise ValueError(f"{path}: no such weights file")
-        raft = cls()
+        """Our weights or torchvision's raft_small; fp32, eval mode. ValueError for other files."""
+        raft, state = cls(), read_tensors(path)
         try:
-            raft.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        except Exception as error:              # a damaged file can raise almost anything
-            raise ValueError(f"{path}: damaged, or not RAFT-small's weights: "
-                             f"{one_line(error)}") from None
+            raft.load_state_dict(state)
+        except (RuntimeError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: not RAFT-small's weights: {one_line(error)}") from None
         return raft.eval().requires_grad_(False)
 
 def upsample(flow):
@@ -284,64 +278,7 @@ def estimate_flow(raft, video, iters=12):
             flow[-1] = flow[-2]
     return result
 
-# ---------------------------------------------------------------- flow of files
-
-def read_flow(path):
-    """True flow of a .flo file (Middlebury) -> (2, H, W) px, and which pixels are known, (H, W)."""
-    data = path.read_bytes()
-    width, height = np.frombuffer(data[4:12], "<i4").tolist() if len(data) >= 12 else (0, 0)
-    if data[:4] != b"PIEH" or width < 1 or len(data) != 12 + 8 * width * height:
-        raise ValueError(f"{path}: not a .flo file, or damaged")
-    flow = torch.from_numpy(np.frombuffer(data[12:], "<f4").reshape(height, width, 2).copy())
-    known = (flow.abs() < 1e9).all(-1)          # 1e10 stands for unknown
-    if not known.any():
-        raise ValueError(f"{path}: no pixel's flow is known")
-    return flow.where(known[..., None], torch.zeros(())).permute(2, 0, 1), known
-
-def read_image(path):
-    """(3, H, W) in [0, 1]."""
-    try:
-        image = iio.imread(path)
-    except Exception:                           # whatever the decoder says of other files
-        raise ValueError(f"{path}: not an image") from None
-    if image.ndim not in (2, 3) or image.dtype.kind != "u" or \
-            image.ndim == 3 and image.shape[-1] > 4:            # several grey pages
-        raise ValueError(f"{path}: not one image of 8 or 16 bits")
-    image = image[..., None] if image.ndim == 2 else image
-    image = image[..., :3] if image.shape[-1] > 2 else image[..., :1].repeat(3, -1)     # no alpha
-    white = np.iinfo(image.dtype).max
-    return torch.from_numpy(image.astype(np.float32)).permute(2, 0, 1) / white
-
-def true_flows(folder):
-    """[(frame10, frame11, flow10.flo), ...] below a folder, laid out as Middlebury's: the flow is
-    beside the frames, or in the folder of the same name elsewhere (other-data/Venus,
-    other-gt-flow/Venus). ValueError if there are none."""
-    truths, found = {}, []
-    for path in sorted(Path(folder).rglob("flow10.flo")):
-        truths.setdefault(path.parent.name, []).append(path)
-    for first in sorted(Path(folder).rglob("frame10.*")):
-        named = truths.get(first.parent.name, [])
-        named = [path for path in named if path.parent == first.parent] or named
-        if len(named) > 1:
-            raise ValueError(f"{first}: is its flow {named[0]} or {named[1]}?")
-        found += [(first, first.with_stem("frame11"), truth) for truth in named]
-    if not found:
-        raise ValueError(f"{folder}: no frame10.png with a flow10.flo of its folder's name in it")
-    return found
-
-def evaluate(raft, folder):
-    """Prints the mean end-point error, in px, of every pair that `true_flows` finds in a folder."""
-    line, rows = "{:<24} {:8.3f} px   (no motion: {:.3f} px)".format, []
-    for *pair, path in tqdm(true_flows(folder), desc="pairs"):
-        truth, known = read_flow(path)
-        frames = [read_image(frame) for frame in pair]
-        if not frames[0].shape[1:] == frames[1].shape[1:] == known.shape:
-            raise ValueError(f"{pair[0]}: its frames and flow are of different sizes")
-        flow = estimate_flow(raft, torch.stack(frames)[None])[0, 0].cpu()
-        error, still = ((flow - truth).norm(dim=0)[known], truth.norm(dim=0)[known])
-        rows.append((error.mean().item(), still.mean().item()))
-        tqdm.write(line(pair[0].parent.name, *rows[-1]))
-    print(line(f"mean of {len(rows)}", *np.mean(rows, axis=0)))
+# ---------------------------------------------------------------- the flow of a video file
 
 def render_flow(raft, path, chunk=16):
     """Writes the flow of a video beside it, as NAME-flow.mp4 (Eq. 5), and prints how large it is.
@@ -381,20 +318,16 @@ def render_flow(raft, path, chunk=16):
 
 def main():
     parser = Parser(description=__doc__.splitlines()[0])
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("video", nargs="?", help="write its flow beside it")
-    what.add_argument("--eval", metavar="FOLDER", help="end-point error on pairs with true flow")
-    what.add_argument("--train", action="store_true", help="moved to train.py --stage raft")
+    parser.add_argument("video", nargs="?", help="write its flow beside it")
     parser.add_argument("--weights", default=ROOT / "weights/raft.pt",
                         help="RAFT-small's weights (default: weights/raft.pt)")
+    parser.add_argument("--train", action="store_true", help="moved to train.py --stage raft")
     args = parser.parse_args()
     if args.train:
         raise ValueError("RAFT is trained by python train.py --stage raft")
-    raft = RAFT.load(args.weights).to(device_of(None))
-    if args.eval is not None:
-        evaluate(raft, args.eval)
-    else:
-        render_flow(raft, args.video)
+    if not args.video:
+        raise ValueError("no video: python flow.py video.mp4")
+    render_flow(RAFT.load(args.weights).to(device_of(None)), args.video)
 
 if __name__ == "__main__":
     report_errors(main)

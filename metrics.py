@@ -153,8 +153,7 @@ def fit_motion(kind, phrase, path, size, radius=.145):
 # ---------------------------------------------------------------- scores of sprite clips
 
 def held_out_clips(n, frames, size, start=HELD_OUT + 10_000):
-    """The first n held-out clips with one sprite on a plain background, from a seed on: video,
-    flow, captions, scenes."""
+    """The first n held-out clips of one sprite, from a seed on: video, flow, captions, scenes."""
     alone = (seed for seed in itertools.count(start)
              if len(sprite_scene(seed, frames, 0)["sprites"]) == 1)
     return sprite_clips(list(itertools.islice(alone, n)), frames, size, clutter=0)
@@ -203,8 +202,7 @@ def mean_row(rows):
 # ---------------------------------------------------------------- statistics: every number's n
 
 def interval(values, statistic=np.mean, share=False):
-    """[value, low, high]: a statistic and its 95% bootstrap interval over prompts. For a share of
-    prompts (values of 0 and 1), Wilson's score interval: near 0 and 1 a bootstrap is too narrow."""
+    """[value, low, high], 95% over prompts, by bootstrap; for a share of 0s and 1s Wilson's."""
     values, rng = np.asarray(values, float), np.random.default_rng(0)
     if share and np.isin(values, (0, 1)).all():
         n, p, z = len(values), values.mean(), 1.959964
@@ -240,12 +238,12 @@ def warp(image, flow):
     at = at.permute(0, 2, 3, 1) * 2 / torch.tensor([W - 1, H - 1]).to(flow) - 1
     return F.grid_sample(image, at, padding_mode="border", align_corners=True)
 
-def vbench(video, fps, raft, flow=None):
+def vbench(video, fps, raft):
     """VBench's motion metrics of a video (T, 3, H, W) in [0, 1], by its formulas.
 
     dynamic: dynamic_degree, by RAFT-small; flicker: temporal_flickering; smooth: motion_smoothness,
     but odd frames are interpolated by RAFT's flow, not by AMT, so only its order compares with
-    VBench's. None where a video is too short. flow: RAFT's, of frames 1/8 s apart, if known."""
+    VBench's. None where a video is too short."""
     def flow_of(frames):
         return estimate_flow(raft, frames[None])[0, :-1]
 
@@ -253,7 +251,7 @@ def vbench(video, fps, raft, flow=None):
     H, W = video.shape[-2:]
     dynamic = flicker = smooth = None
     if len(some) > 1:
-        size = (flow_of(some) if flow is None else flow[:-1]).norm(dim=1).flatten(1)
+        size = flow_of(some).norm(dim=1).flatten(1)
         top = size.topk(max(1, int(.05 * H * W)), 1).values.mean(1)
         dynamic = bool((top > 6 * min(H, W) / 256).sum() >= round(4 * len(some) / 16))
     if len(video) > 1:

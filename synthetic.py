@@ -143,8 +143,7 @@ def sprite_scene(seed, frames, clutter):
             "held_out": any(is_held_out(s["shape"], s["colour"], s["kind"]) for s in sprites)}
 
 def signed_distance(shape, x, y, r):
-    """Distance in px from points to a shape's outline, negative inside. x, y from its centre, r its
-    radius. (Beyond corners it is the distance to the edges' lines.)"""
+    """Distance in px from points (x, y from the centre) to a shape's outline, negative inside."""
     if shape == "circle":
         return torch.hypot(x, y) - .95 * r
     if shape == "square":
@@ -259,8 +258,7 @@ def project(H, points):
     return points[:, :2] / points[:, 2:]
 
 def fractal_noise(n, side, generator):
-    """(n, 3, side, side) of deviation 1. Amplitudes fall as f^-beta with the frequency, beta from
-    0.6 (grain) to 2 (clouds; photographs have about 1); mostly light, some colour."""
+    """(n, 3, side, side) of deviation 1; amplitudes fall as f^-beta: grain .6, clouds 2."""
     f = torch.hypot(torch.fft.fftfreq(side)[:, None], torch.fft.rfftfreq(side)).clamp(min=1 / side)
     beta = torch.rand(n, 1, 1, 1, generator=generator) * 1.4 + .6
     spectrum = torch.fft.rfft2(torch.randn(n, 3, side, side, generator=generator)) * f ** -beta
@@ -268,34 +266,14 @@ def fractal_noise(n, side, generator):
     noise = noise[:, :1] + .5 * torch.rand(n, 1, 1, 1, generator=generator) * noise
     return noise / noise.std((1, 2, 3), keepdim=True)
 
-def photo_crops(photos, n, side, generator):
-    """(n, 3, side, side) in [0, 1]: random squares of random photographs (3, H, W) uint8."""
-    def below(high):
-        return int(torch.randint(high, (), generator=generator))
-
-    crops = []
-    for _ in range(n):
-        photo = photos[below(len(photos))]
-        edge = min(photo.shape[1:])
-        edge = edge // 3 + below(edge - edge // 3 + 1)
-        top, left = (below(length - edge + 1) for length in photo.shape[1:])
-        crop = photo[None, :, top:top + edge, left:left + edge].float() / 255
-        crops.append(F.interpolate(crop, (side, side), mode="bilinear", antialias=True))
-    return torch.cat(crops)
-
-def sample_texture(random, points, photos):
-    """Pictures (n, 3, size, size), fractal noise or photographs or plain; and which are not plain,
-    (n, 1, 1)."""
+def sample_texture(random, points):
+    """Pictures (n, 3, size, size), fractal noise or plain; and which are not plain, (n, 1, 1)."""
     n, size, uniform = random.n, random.size, random.uniform
     textured = random.chance(.8)
     slope = uniform(-.4, .4, 3, 2) * uniform(0, 1, 1, 1) ** 2 @ points / size
     noise = fractal_noise(n, size, random.generator).flatten(2) * uniform(.3, 3, 1, 1)
     detail = slope + uniform(.05, .5, 1, 1) * noise.tanh()
-    picture = (uniform(.1, .9, 3, 1) + textured * detail).view(n, 3, size, size)
-    if photos:
-        taken = (textured & random.chance(.5)).unsqueeze(-1)
-        picture = torch.where(taken, photo_crops(photos, n, size, random.generator), picture)
-    return picture, textured
+    return (uniform(.1, .9, 3, 1) + textured * detail).view(n, 3, size, size), textured
 
 class LayerMotion:
     """v -> s + A v / (1 + g v) and a smooth bending, v from the layer's centre: affine, perspective
@@ -369,12 +347,12 @@ def photographic_effects(random, frames):
     noise = uniform(-.04, .05, 1, 1, 1).clamp(min=0)
     return (frames + noise * torch.randn(frames.shape, generator=random.generator)).clamp(0, 1)
 
-def flow_scenes(n, size, seed, shapes=6, photos=()):
+def flow_scenes(n, size, seed, shapes=6):
     """Scenes with exact flow: frame1, frame2 (n, 3, size, size) in [0, 1], flow (n, 2, size, size).
 
-    A background and up to `shapes` shapes, with textures (noise, `photos` (3, H, W) uint8, plain)
-    and motions of their own upon the camera's: shifts from nothing to a third of the frame, in half
-    of the scenes a tenth of that. Flow is the front layer's at the pixel centres of frame1."""
+    A background and up to `shapes` shapes, with textures and motions of their own upon the
+    camera's: shifts from nothing to a third of the frame, in half of the scenes a tenth of that.
+    Flow is the front layer's at the pixel centres of frame1."""
     random, side = SceneSampler(n, size, seed), torch.arange(size) + .5
     points = torch.stack(torch.meshgrid(side, side, indexing="xy")).flatten(1)          # (2, P)
     frames, flow = torch.zeros(2, n, 3, size * size), torch.zeros(n, 2, size * size)
@@ -382,7 +360,7 @@ def flow_scenes(n, size, seed, shapes=6, photos=()):
     camera = [pace * part for part in (
         random.shift(.25), *random.uniform(-.45, .45, 2, 1, 1).pow(3).unbind(1))]
     for layer in range(shapes + 1):                     # from the background to the front
-        picture, textured = sample_texture(random, points, photos)
+        picture, textured = sample_texture(random, points)
         motion = LayerMotion(random, pace, camera, textured, layer == 0)
         outline = Outline(random)
         scale, where = random.uniform(.6, 1.2, 1, 1), random.uniform(-.5, .5, 2, 1)
@@ -399,8 +377,7 @@ def flow_scenes(n, size, seed, shapes=6, photos=()):
     return *frames, flow.view(n, 2, size, size)
 
 def enlarged_crops(frame1, frame2, flow, generator):
-    """Pairs of 64 px, enlarged four times as RAFT.prepare does; of each, 128 px around a pixel
-    that moves (around any, if none does)."""
+    """Pairs of 64 px, enlarged as RAFT.prepare does; of each, 128 px around what moves."""
     enlarged = [F.interpolate(frame, scale_factor=4, mode="bilinear") for frame in (frame1, frame2)]
     enlarged.append(4 * F.interpolate(flow, scale_factor=4))    # outlines must not mix two motions
     side, crops = enlarged[0].shape[-1], []
@@ -412,14 +389,14 @@ def enlarged_crops(frame1, frame2, flow, generator):
         crops.append([picture[i, :, y:y + 128, x:x + 128] for picture in enlarged])
     return [torch.stack(parts) for parts in zip(*crops)]
 
-def training_pairs(step, batch, photos=()):
+def training_pairs(step, batch):
     """RAFT's batch of a training step: frame1, frame2, flow, at the size that the network sees.
 
     Every other batch is a quarter as many scenes of 256 px, or an eighth of 384 px, in turn. The
     rest, of 128 px, are sprites and scenes of 64 px enlarged, and scenes of 128 px."""
     if step % 2:
         count, size = (batch // 8, 384) if step % 4 == 3 else (batch // 4, 256)
-        return flow_scenes(max(1, count), size, step, photos=photos)
+        return flow_scenes(max(1, count), size, step)
     sprites = batch * 3 // 8
     scenes = (batch - sprites) // 2
     # fewer frames: faster motion, yet a square must turn by less than 45 degrees to be followed
@@ -428,7 +405,7 @@ def training_pairs(step, batch, photos=()):
     clip = torch.arange(sprites)
     k = (step // 2 + 5 * clip) % (frames - 1)
     small = [torch.cat(parts) for parts in zip((video[clip, k], video[clip, k + 1], flow[clip, k]),
-                                               flow_scenes(scenes, 64, -1 - step, photos=photos))]
+                                               flow_scenes(scenes, 64, -1 - step))]
     enlarged = enlarged_crops(*small, torch.Generator().manual_seed(step))
     return [torch.cat(parts) for parts in zip(
-        enlarged, flow_scenes(batch - sprites - scenes, 128, step, photos=photos))]
+        enlarged, flow_scenes(batch - sprites - scenes, 128, step))]

@@ -10,11 +10,10 @@
 Stages: tae; encode (latents of videos and of their RGB flow); base (Eq. 3); jam (Eq. 6, from the
 base); control (Eq. 3, from the base, with jam's steps, clips, noise and learning rate).
 
-A run is a folder: settings.json, videos.json, tae.pt, latents/, checkpoints/, previews/,
-metrics.jsonl, and model.pt, the file to share, which `python sample.py --run FOLDER` takes. Run a
-command again to resume: bit-exact on a CPU, since a sample's randomness depends on (seed, stage,
-step, place in the batch) alone; for the same reason the number of GPUs changes nothing but
-rounding. (Checkpoints have a pickled index: resume your own runs only.)
+A run is a folder; its model.pt is the file to share, which `python sample.py --run FOLDER` takes.
+Run a command again to resume: bit-exact on a CPU, for a sample's randomness depends on (seed,
+stage, step, place in the batch) alone; nor does the number of GPUs change more than rounding.
+(Checkpoints have a pickled index: resume your own runs only.)
 """
 import argparse
 import contextlib
@@ -38,10 +37,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.distributed.checkpoint.state_dict as dcp_state
+import torch.distributed.fsdp as fsdp
 import torch.nn.functional as F
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,
-                                    register_fsdp_forward_method)
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
@@ -52,17 +49,16 @@ from common import (Parser, any_rank, autocast, barrier, can_compile, compile_la
                     nonempty, one_line, positive, positive_int, print0, rank, read_json,
                     read_tensors, report_errors, seed, world_size, write_file, write_tensors,
                     write_text, write_video)
-from data import Folder, Latents, Prefetcher, Sprites, print_skipped, read_photos
+from data import Folder, Latents, Prefetcher, Sprites, print_skipped
 from flow import RAFT, estimate_flow, flow_to_rgb, upsample
 from synthetic import HELD_OUT, flow_scenes, sprite_clips, training_pairs
 from videojam import (PAD, PRESETS, TAE, DiT, Noise, VideoJAM, flow_matching_loss, initialize,
                       joint_loss, read_model_file, sample_noise, set_activation_checkpointing,
-                      tae_loss, token_row, tokenize, widen)
+                      tae_loss, token_row, tokenize)
 
 STAGES = ("tae", "encode", "base", "jam", "control")
-# preset -> stage -> (steps, learning rate, batch over all GPUs). encode's "steps" are clips of the
-# sprite world, or clips of each video at most; its batch is each GPU's. The control has jam's row;
-# the paper's fine-tuning is 50,000 x 32 (4b) and 35,000 x 256 (30b) at 5e-6.
+# preset -> stage -> (steps, learning rate, batch over all GPUs); the control has jam's. encode:
+# (clips of the sprite world, or of each video at most; nothing; batch of each GPU)
 DEFAULTS = {
     "toy": {"tae": (800, 1e-3, 4), "encode": (6144, 0, 32), "base": (2200, 4.5e-3, 64),
             "jam": (700, 3e-3, 64)},
@@ -83,18 +79,14 @@ T_BINS = 5                              # losses are logged apart for t in [0, .
 MOTION_LR_SCALE = 5.                    # of the new rows and columns of W_in and W_out
 
 # harmless: one process saves alone; nobody writes into the TAE's output
-warnings.filterwarnings("ignore", "torch.distributed is disabled")
-warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+for message in ("torch.distributed is disabled", "FSDP2-wrapped module .* returned a view"):
+    warnings.filterwarnings("ignore", message)
 
 def rng(*key):
     """A random stream of its own for a key such as (seed, stage, step, place in the batch)."""
     return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
 
 # ---------------------------------------------------------------- a run and its folder
-
-def is_complete(checkpoint):
-    """Whether no process was killed while a checkpoint's folder was written."""
-    return (checkpoint / "status.json").is_file() and (checkpoint / ".metadata").is_file()
 
 def load_checkpoint(state, path, alone=False):
     """Reads the tensors of `state` from a checkpoint's folder, with all processes or alone."""
@@ -107,34 +99,32 @@ def load_checkpoint(state, path, alone=False):
         raise ValueError(f"{path}: cannot be read ({one_line(repr(cause))}): delete it to go on "
                          "from the checkpoint before") from None
 
-def refuse_changes(path, before, settings, remedy="take another --out"):
+def refuse_changes(path, before, settings):
     """ValueError where something was begun with other settings than these."""
-    changed = [f"{key} {before.get(key)!r}, not {value!r}" for key, value in settings.items()
-               if before.get(key) != value]
-    if changed:
-        raise ValueError(f"{path} was begun with {'; '.join(changed)}: {remedy}")
-
-def checksum(tae):
-    """A number that tells a TAE from others."""
-    return zlib.crc32(b"".join(v.cpu().numpy().tobytes() for v in tae.state_dict().values()))
+    changes = "; ".join(f"{key} {before.get(key)!r}, not {value!r}"
+                        for key, value in settings.items() if before.get(key) != value)
+    if changes:
+        raise ValueError(f"{path} was begun with {changes}: take another --out, or delete it")
 
 class Run:
     """A run's folder, and what all its stages share."""
     def __init__(self, args):
         self.args, self.out, self.device = args, Path(args.out), args.device
+        self.autocast = functools.partial(autocast, args.device, args.precision)
         self.preset = dataclasses.replace(PRESETS[args.preset], sigma=args.sigma)
         self.stages, self.given = [args.stage] if args.stage else STAGES, {}    # DiTs of --init
         self.settings = {"version": VERSION, "preset": args.preset, "data": args.data,
-                         "flow": args.flow, "clutter": args.clutter, "seed": args.seed,
+                         "clutter": args.clutter, "seed": args.seed,
                          **json.loads(json.dumps(dataclasses.asdict(self.preset)))}
 
     def check(self):
         """ValueError for what would fail later, before anything is written."""
-        args, settings = self.args, self.out / "settings.json"
-        if world_size() % args.replicas:
-            raise ValueError(f"--replicas {args.replicas} does not divide {world_size()} processes")
-        has_tae = args.init or (self.out / "tae.pt").exists() or args.stage == "raft"
-        if not has_tae and args.stage not in (None, "tae"):
+        args, settings, tae = self.args, self.out / "settings.json", self.out / "tae.pt"
+        if not tae.exists() and (self.out / "latents/manifest.json").exists():
+            raise ValueError(f"{self.out}: its latents are there without tae.pt, which made them: "
+                             "delete latents/ and the checkpoints that came after it")
+        has_tae = args.init or tae.exists() or args.stage == "raft"
+        if not has_tae and self.stages[0] != "tae":
             raise ValueError(f"{self.out}: has no tae yet, run --stage tae first")
         for stage in self.stages:
             if not has_tae or stage != "tae":
@@ -146,17 +136,14 @@ class Run:
         if not args.init or args.stage == "raft":               # raft's --init is RAFT's weights
             return
         preset, self.given_tae, self.given = read_model_file(args.init)
-        missing = [stage for stage in self.stages if stage in ("base", "jam", "control")
-                   and not self.given.keys() & {stage, "base"}]
         if dataclasses.replace(preset, sigma=args.sigma) != self.preset:
             raise ValueError(f"--init {args.init}: of another size than the preset {args.preset}")
-        if missing:
-            raise ValueError(f"--init {args.init}: has no base model to start {missing[0]} from, "
-                             f"only {', '.join(self.given)}")
-        if (self.out / "tae.pt").exists() and \
-                checksum(self.tae().half()) != checksum(self.given_tae):
-            raise ValueError(f"--init {args.init}: its TAE is not that of {self.out}, take another "
-                             "--out")
+        for stage in self.stages:
+            if stage in ("base", "jam", "control") and not self.given.keys() & {stage, "base"}:
+                raise ValueError(f"--init {args.init}: has no base model to start {stage} from")
+        # so that latents always are of tae.pt
+        if tae.exists() and read_tensors(tae, "tae")["origin"] != f"--init {args.init}":
+            raise ValueError(f"--init {args.init}: {self.out} has another TAE, take another --out")
 
     def create(self):
         """Makes the run's folder."""
@@ -172,75 +159,66 @@ class Run:
     @functools.cached_property
     def dataset(self):
         """Read only when a stage needs it."""
-        raft = RAFT.load().to(self.device) if self.args.flow == "raft" else None
-        if self.args.data:
-            return Folder(self.args.data, self.preset, raft, self.out / "videos.json",
-                          self.args.workers)
-        return Sprites(self.preset, self.args.clutter, raft)
+        args = self.args
+        if args.data:
+            return Folder(args.data, self.preset, RAFT.load().to(self.device),
+                          self.out / "videos.json", args.workers)
+        return Sprites(self.preset, args.clutter)
 
     def hyperparameters(self, stage):
-        """(steps, learning rate, batch over all GPUs) of a stage: the flags; without them what it
-        (the control: or else jam) was begun with; else DEFAULTS."""
-        args, parts, status = self.args, world_size() * self.args.accumulate, self.last(stage)[1]
-        begun = status or (stage == "control" and self.last("jam")[1])
-        defaults = {"raft": RAFT_DEFAULTS, **DEFAULTS[args.preset]}
-        row = (begun["of"], begun["lr"], begun["batch"]) if begun else \
-            defaults["jam" if stage == "control" else stage]
-        batch_flag = None if stage == "encode" != args.stage else args.batch
-        steps, lr, batch = (value if flag is None else flag for flag, value in
-                            zip((args.steps, args.lr, batch_flag), row))
-        if stage != "encode" and steps > status.get("step", 0) and batch % parts:
+        """(steps, learning rate, batch over all GPUs): the flags, else as begun, else DEFAULTS."""
+        args, status = self.args, self.last(stage)[1]
+        row = DEFAULTS[args.preset].get("jam" if stage == "control" else stage, RAFT_DEFAULTS)
+        if begun := status or stage == "control" and self.last("jam")[1]:
+            row = begun["of"], begun["lr"], begun["batch"]
+        flags = args.steps, args.lr, None if stage == "encode" != args.stage else args.batch
+        steps, lr, batch = (value if flag is None else flag for flag, value in zip(flags, row))
+        parts = world_size() * args.accumulate
+        unit = 8 * parts if stage == "raft" and parts > 1 else parts    # a batch may be an eighth
+        if stage != "encode" and steps > status.get("step", 0) and batch % unit:
             raise ValueError(f"{stage}: a batch of {batch} does not divide into {world_size()} "
-                             f"processes x {args.accumulate} parts (--batch, --accumulate)")
+                             f"processes x {args.accumulate} parts: take a multiple of {unit}")
         return steps, lr, batch
 
-    def autocast(self):
-        return autocast(self.device, self.args.precision)
-
-    # the TAE: one file, made by its stage or taken from --init
-
     def write_tae(self, tae, origin):
+        """Writes tae.pt. Origin: "step N" of stage tae, or "--init FILE"."""
         state = {name: tensor.cpu() for name, tensor in tae.state_dict().items()}
         write_tensors(self.out / "tae.pt", {"kind": "tae", "origin": origin, "state": state})
 
     def tae(self):
-        """The run's TAE, without gradients. ValueError if the run's latents are of another."""
+        """The run's TAE, without gradients."""
         path, tae = self.out / "tae.pt", TAE(self.preset.tae)
         try:
             tae.load_state_dict(read_tensors(path, "tae")["state"])
         except (LookupError, TypeError, RuntimeError):
             raise ValueError(f"{path}: not the TAE of preset {self.args.preset}") from None
-        folder = self.out / "latents"
-        if (folder / "manifest.json").exists() and \
-                read_json(folder / "manifest.json", "tae")["tae"] != checksum(tae):
-            raise ValueError(f"{folder} was encoded by another TAE than tae.pt: delete it and the "
-                             "checkpoints after it, or take another --out")
         return tae.to(self.device).eval().requires_grad_(False)
 
-    # checkpoints: a folder each, complete once it has its status.json
+    def complete(self, stage):
+        """Folders of a stage's checkpoints, by step; none that a killed process was writing."""
+        return [path for path in sorted((self.out / "checkpoints").glob(f"{stage}-*"))
+                if (path / "status.json").is_file() and (path / ".metadata").is_file()]
 
     def last(self, stage):
         """Folder and status of a stage's last complete checkpoint; or None and {}."""
-        for path in sorted((self.out / "checkpoints").glob(f"{stage}-*"), reverse=True):
-            if is_complete(path):
-                return path, read_json(path / "status.json", "step", "of", "lr", "batch")
+        for path in self.complete(stage)[-1:]:
+            return path, read_json(path / "status.json", "step", "of", "lr", "batch")
         return None, {}
 
     def finished(self, stage):
         """Folder and step of a finished stage's checkpoint. ValueError if it is not finished."""
         path, status = self.last(stage)
-        if path is None:
-            raise ValueError(f"{self.out}: has no {stage} yet, run --stage {stage} first")
-        if status["step"] < status["of"]:
-            raise ValueError(f"{self.out}: {stage} stopped at step {status['step']} of "
-                             f"{status['of']}, finish it first with --stage {stage}")
-        return path, status["step"]
+        step, steps = status.get("step", 0), status.get("of", "all")
+        if path is None or step < steps:
+            raise ValueError(f"{self.out}: has {step} of {steps} steps of {stage}, run --stage "
+                             f"{stage} first")
+        return path, step
 
     def save(self, stage, step, state, status):
         """Writes a checkpoint of tensors, sharded or not, and its status. Two are kept."""
         path = self.out / "checkpoints" / f"{stage}-{step:09d}"
         if rank() == 0:
-            shutil.rmtree(path, ignore_errors=True)
+            shutil.rmtree(path, ignore_errors=True)             # what a killed process left there
         barrier()
         try:
             dcp.save(state, checkpoint_id=path)
@@ -248,14 +226,11 @@ class Run:
                 write_text(path / "status.json", json.dumps({"step": step, **status}))
         except (OSError, ValueError, RuntimeError, dcp.CheckpointException) as error:
             shutil.rmtree(path, ignore_errors=True)
-            raise ValueError(f"cannot write {path}: {' '.join(str(error).split())[-200:]}; the "
-                             f"checkpoint of step {self.last(stage)[1].get('step', 0)} is whole"
-                             ) from None
-        barrier()
+            raise ValueError(f"cannot write {path}: {one_line(str(error)[-200:])}; the checkpoint "
+                             f"of step {self.last(stage)[1].get('step', 0)} is whole") from None
+        barrier()                               # until its status is there
         if rank() == 0:
-            others = set((self.out / "checkpoints").glob(f"{stage}-*")) - {path}
-            keep = sorted(filter(is_complete, others))[-1:]
-            for old in others - set(keep):
+            for old in {*path.parent.glob(f"{stage}-*")} - {*self.complete(stage)[-2:]}:
                 (old / "status.json").unlink(missing_ok=True)       # first: it is not complete now
                 shutil.rmtree(old, ignore_errors=True)
 
@@ -286,69 +261,55 @@ class Run:
                     if path and status["step"] == status["of"]}
             if "base" in self.given:
                 dits.setdefault("base", self.given["base"])
-            jam, control = ({name: value for name, value in last[stage][1].items()
-                             if name != "motion_dropout"} for stage in ("jam", "control"))
+            jam, control = ({**last[stage][1], "motion_dropout": None}
+                            for stage in ("jam", "control"))
             if {"jam", "control"} <= dits.keys() and jam != control:
                 print0(f"control is left out of model.pt: it has {control}, jam {jam}")
                 del dits["control"]
-            if dits:
-                which = next(iter(dits))
-                model = VideoJAM(self.preset, self.tae(), dits.pop(which), which)
-                model.save(self.out / "model.pt", **dits)
-                print0(f"python sample.py --run {self.out} "
-                       + f"--which {which} " * (which != "jam") + '"a red square moves left"')
+            which = next(iter(dits))
+            VideoJAM(self.preset, self.tae(), dits.pop(which), which).save(
+                self.out / "model.pt", **dits)
+            print0(f"python sample.py --run {self.out} --which {which} \"a red square moves left\"")
         barrier()
 
 # ---------------------------------------------------------------- on one GPU or many
 
-def materialize(module, device):
-    """Gives the parts of a module that are on the meta device memory and first weights."""
-    empty = [part for part in module.modules()
-             if any(p.is_meta for p in part.parameters(recurse=False))]
-    for part in empty:
-        part.to_empty(device=device, recurse=False)
-    initialize(empty)
-    module.to(device)
-
 def distribute(model, run):
-    """FSDP2: the model's layers, then the rest, in shards of fp32; a layer is gathered in the
-    compute precision when its turn comes. What is on the meta device gets its memory just before,
-    so no process ever holds more than one whole layer. Without torchrun: the model as it is."""
+    """The model on the device; under torchrun in shards (FSDP2), gathered layer by layer in the
+    compute precision. A process never holds more than one whole layer of a model on "meta"."""
     args, layers = run.args, []
+    set_activation_checkpointing(model, args.activation_checkpointing)
     if isinstance(model, DiT):
         layers = [*model.text.layers, *model.blocks]
         if args.compile:
-            compile_layers(layers)
+            compile_layers(model)
     elif isinstance(model, TAE):
         layers = [model.encoder, model.decoder]
-    if dist.is_initialized():                   # with --replicas: groups that hold a whole model
-        mesh = init_device_mesh(run.device.type, (args.replicas, world_size() // args.replicas),
-                                mesh_dim_names=("replicate", "shard"))
-        policy = MixedPrecisionPolicy(          # inputs are not cast, because t must stay fp32
-            param_dtype=torch.bfloat16 if args.precision == torch.bfloat16 else None,
-            reduce_dtype=torch.float32, cast_forward_inputs=False)
+    if dist.is_initialized():                   # inputs are not cast, because t must stay fp32
+        mesh = dist.init_device_mesh(run.device.type, (world_size(),))
+        policy = fsdp.MixedPrecisionPolicy(args.precision, torch.float32, cast_forward_inputs=False)
     torch.manual_seed(args.seed)
     for layer in (*layers, model):
-        materialize(layer, run.device)
+        empty = [part for part in layer.modules()
+                 if any(p.is_meta for p in part.parameters(recurse=False))]
+        for part in empty:
+            part.to_empty(device=run.device, recurse=False)
+        initialize(empty)
+        layer.to(run.device)
         if dist.is_initialized():
-            fully_shard(layer, mesh=mesh, mp_policy=policy)
+            fsdp.fully_shard(layer, mesh=mesh, mp_policy=policy)
     return model
 
 @torch.no_grad()
-def assign(parameter, whole):
-    """Copies a whole tensor into a parameter, of which this process may hold a shard only."""
-    whole = whole.to(parameter.device, parameter.dtype)
-    if isinstance(parameter, DTensor):
-        whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
-    parameter.copy_(whole)
-
 def load_weights(weights, source):
-    """Fills {name: parameter} from another model: {name: whole tensor}, or a checkpoint's path."""
-    if isinstance(source, dict):
-        for name, parameter in weights.items():
-            assign(parameter, source[name])
-    else:
-        load_checkpoint({"ema": weights}, source)
+    """Fills {name: weight}, whole or sharded, from {name: whole tensor} or a checkpoint's path."""
+    if not isinstance(source, dict):
+        return load_checkpoint({"ema": weights}, source)
+    for name, weight in weights.items():
+        whole = source[name].to(weight.device, weight.dtype)
+        if isinstance(weight, DTensor):
+            whole = distribute_tensor(whole, weight.device_mesh, weight.placements)
+        weight.copy_(whole)
 
 # ---------------------------------------------------------------- one loop for every stage
 
@@ -363,34 +324,29 @@ def stop_signals():
             raise KeyboardInterrupt
         received.append(time.time())
 
-    handlers = {number: signal.signal(number, on_signal)
-                for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with contextlib.ExitStack() as restore:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            restore.callback(signal.signal, number, signal.signal(number, on_signal))
         yield received
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 def summarize(rows):
-    """Rows {"t": (n,), name: (n,)} of all processes -> means, also by bin of t. NaN, which does not
-    apply to a sample, is left out; the mean of nothing is None."""
+    """Rows {"t": (n,), name: (n,)} of all processes -> means, also by bin of t; NaN is left out."""
     def mean(values):
         values = values[~np.isnan(values)]
         return round(float(values.mean()), 6) if len(values) else None
 
     rows = [{name: values.float().cpu().numpy() for name, values in row.items()} for row in rows]
-    gathered = [rows] * world_size()
-    if world_size() > 1:
+    if dist.is_initialized():
+        gathered = [None] * world_size()
         dist.all_gather_object(gathered, rows)
-    rows = sum(gathered, [])
+        rows = sum(gathered, [])
     columns = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
     t, summary = columns.pop("t", None), {}
     for name, values in columns.items():
         summary[name] = mean(values)
         if t is not None:
-            bins = (t * T_BINS).astype(int).clip(0, T_BINS - 1)
-            summary[name.replace("loss", "bins")] = [mean(values[bins == b])
-                                                     for b in range(T_BINS)]
+            bins = [(t * T_BINS).astype(int).clip(0, T_BINS - 1) == b for b in range(T_BINS)]
+            summary[name.replace("loss", "bins")] = [mean(values[inside]) for inside in bins]
     return summary
 
 def show_preview(run, stage, step):
@@ -403,14 +359,12 @@ def show_preview(run, stage, step):
     barrier()
 
 class Trainer:
-    """A stage's weights, their exponential moving average (EMA) and optimizers, as they were at the
-    last checkpoint.
-
-    A stage has: name; model; settings {name: value} that it cannot be resumed without; notes, only
-    written down; lr_scale, Muon's; decay, the share of steps over which the learning rate falls;
-    load(step, places) -> the data of places in the batch, a list, called in threads ahead of time;
-    losses(data) -> pairs of a scalar, whose sum is the loss, and {name: (n,)} to report; and
-    preview(checkpoint, step)."""
+    """A stage's weights, their exponential moving average (EMA) and optimizers, from the last
+    checkpoint on. A stage has: name; model; settings {name: value} that it cannot be resumed
+    without; notes, only written down; lr_scale, Muon's; decay, the share of steps over which the
+    learning rate falls; load(step, places) -> the data of places in the batch, a list, called in
+    threads ahead of time; losses(data) -> pairs of a scalar, whose sum is the loss, and
+    {name: (n,)} to report; and preview(checkpoint, step)."""
     def __init__(self, run, stage):
         self.stage, self.model, self.accumulate = stage, stage.model.train(), run.args.accumulate
         self.steps, self.lr, self.batch = run.hyperparameters(stage.name)
@@ -421,9 +375,7 @@ class Trainer:
         checkpoint, status = run.last(stage.name)
         self.step = status.get("step", 0)
         if checkpoint:
-            refuse_changes(checkpoint, status, self.settings, "take another --out, or delete the "
-                           "stage's checkpoints" + " and tae.pt" * (stage.name == "tae")
-                           + " to begin it again")
+            refuse_changes(checkpoint, status, self.settings)
             state = self.state()
             load_checkpoint(state, checkpoint)
             dcp_state.set_optimizer_state_dict(self.model, self.optimizers, state["optimizer"])
@@ -432,16 +384,14 @@ class Trainer:
         return {"model": self.weights, "ema": self.ema,
                 "optimizer": dcp_state.get_optimizer_state_dict(self.model, self.optimizers)}
 
-    def rate(self):
-        """A short warm-up, a constant rate, then a line to zero over the last steps."""
-        return self.lr * min(1, (self.step + 1) / min(200, self.steps / 10 + 1),
-                             (self.steps - self.step) / (self.stage.decay * self.steps))
-
     def update(self, data):
         """One step: gradients in --accumulate parts, clipped to norm 1; optimizers; EMA. Returns
         what the losses report. A step that is not finite is skipped and returns nothing;
         MAX_BAD_STEPS in a row are a ValueError."""
-        reports, n, rate = [], math.ceil(len(data[0]) / self.accumulate), self.rate()
+        # a short warm-up, a constant rate, then a line to zero over the last steps
+        self.rate = self.lr * min(1, (self.step + 1) / min(200, self.steps / 10 + 1),
+                                  (self.steps - self.step) / (self.stage.decay * self.steps))
+        reports, n = [], math.ceil(len(data[0]) / self.accumulate)
         for start in range(0, len(data[0]), n):
             for loss, report in self.stage.losses([part[start:start + n] for part in data]):
                 (loss / self.accumulate).backward()
@@ -452,14 +402,13 @@ class Trainer:
         self.bad = 0 if norm.isfinite() else self.bad + 1
         if self.bad == MAX_BAD_STEPS:
             raise ValueError(f"{self.stage.name}: {self.bad} steps in a row are not finite, up to "
-                             f"step {self.step}: go on from the last checkpoint with a smaller "
-                             "--lr and another --out, or try --no-compile")
+                             f"step {self.step}: take a smaller --lr, or try --no-compile")
         if self.bad:
             print0(f"{self.stage.name}: step {self.step} is not finite and is skipped")
             reports = []
         else:
             for optimizer in self.optimizers:
-                optimizer.param_groups[0]["lr"] = rate
+                optimizer.param_groups[0]["lr"] = self.rate
                 optimizer.step()
             decay = min(.999, (1 + self.step) / (10 + self.step))   # short runs forget their start
             get_ema_multi_avg_fn(decay)(list(self.ema.values()), list(self.weights.values()), None)
@@ -472,21 +421,17 @@ def train_loop(run, stage):
     first, steps, batch = trainer.step, trainer.steps, trainer.batch
     if first >= steps:
         return print0(f"{name}: {first} steps are done already")
-    print0(f"{name}: {steps} steps, lr {trainer.lr:g}, batch {batch} = {world_size()} processes x "
-           f"{args.accumulate} x {batch // world_size() // args.accumulate}, "
+    print0(f"{name}: {steps} steps, lr {trainer.lr:g}, batch {batch} on {world_size()} x "
+           f"{run.device}, {str(args.precision)[6:]}, "
            f"{sum(p.numel() for p in trainer.weights.values()) / 1e6:.2f} M parameters, "
-           f"{run.device}, {str(args.precision)[6:]}"
-           + "".join(f", {name} {value}" for name, value in stage.settings.items()
-                     if value is not None))
+           f"{stage.settings or ''}")
     places = range(rank() * batch // world_size(), (rank() + 1) * batch // world_size())
-    prefetcher = Prefetcher(functools.partial(stage.load, places=places), range(first, steps),
-                            args.workers)
+    ahead = Prefetcher(lambda step: stage.load(step, places), range(first, steps), args.workers)
     log_every, preview_every = max(1, min(50, steps // 10)), max(1, steps // 5)
     reports, began, next_save = [], time.time(), time.time() + CHECKPOINT_SECONDS
-    with contextlib.closing(iter(prefetcher)) as batches, stop_signals() as stop, \
+    with contextlib.closing(iter(ahead)) as batches, stop_signals() as stop, \
             tqdm(total=steps, initial=first, desc=name, smoothing=.05, disable=rank() > 0) as bar:
         for data in batches:
-            rate = trainer.rate()
             reports += trainer.update(data)
             step = trainer.step
             bar.update()
@@ -494,9 +439,9 @@ def train_loop(run, stage):
             stopping, late = any_rank(run.device, bool(stop), time.time() > next_save)
             if reports and (step % log_every == 0 or show or stopping):
                 summary, reports = summarize(reports), []
-                run.log(stage=name, step=step, lr=rate, **summary)
+                run.log(stage=name, step=step, lr=trainer.rate, **summary)
                 bar.set_postfix({key: value for key, value in summary.items() if "bins" not in key},
-                                waits=f"{prefetcher.waited / (time.time() - began):.0%}")
+                                waits=f"{ahead.waited / (time.time() - began):.0%}")
             if show or stopping or late and not reports:    # so that a kill loses no report
                 start = time.time()
                 run.save(name, step, trainer.state(), {"of": steps, **trainer.settings,
@@ -507,8 +452,8 @@ def train_loop(run, stage):
             if stopping:
                 raise ValueError(f"stopped at step {step} of {name}: the same command goes on")
     seconds = time.time() - began
-    print0(f"{name}: {(steps - first) * batch / seconds:.1f} clips a second; waited for data "
-           f"{prefetcher.waited / seconds:.1%} of the time")
+    print0(f"{name}: {seconds:.0f} s, {(steps - first) * batch / seconds:.1f} clips a second; "
+           f"waited for data {ahead.waited / seconds:.1%} of the time")
 
 # ---------------------------------------------------------------- stage tae (App. C)
 
@@ -520,10 +465,7 @@ class TAEStage:
         self.run, self.dataset = run, run.dataset       # opened here, not in a loading thread
         self.batch, self.seed = run.hyperparameters("tae")[2], run.args.seed
         torch.manual_seed(self.seed)
-        self.model = distribute(self.checkpointing(TAE(run.preset.tae)), run)
-
-    def checkpointing(self, tae):
-        return set_activation_checkpointing(tae, self.run.args.activation_checkpointing)
+        self.model = distribute(TAE(run.preset.tae), run)
 
     def load(self, step, places):
         video, _, extra, _ = self.dataset.training([step * self.batch + place for place in places])
@@ -532,12 +474,16 @@ class TAEStage:
                  for place in places]
         return video, extra, torch.stack(noise)
 
+    def both(self, video, extra):
+        """Clips and their RGB flow, on the device."""
+        video = video.to(self.run.device)
+        return video, self.dataset.motion(video, extra)
+
     def losses(self, data):
         video, extra, noise = data
-        video, noise = video.to(self.run.device), noise.to(self.run.device)
-        for i, clips in enumerate((video, self.dataset.motion(video, extra))):
+        for i, clips in enumerate(self.both(video, extra)):
             with self.run.autocast():
-                loss = tae_loss(self.model, clips, noise[:, i])
+                loss = tae_loss(self.model, clips, noise[:, i].to(clips.device))
             yield loss / 2, {"loss": loss[None]}
 
     def preview(self, checkpoint, step):
@@ -545,31 +491,22 @@ class TAEStage:
         run, rows, psnr = self.run, [], {}
         tae = run.load_ema(checkpoint, TAE(run.preset.tae)).to(run.device)
         video, _, extra, _ = self.dataset.held_out(8)
-        video = video.to(run.device)
-        for kind, clips in (("video", video), ("motion", self.dataset.motion(video, extra))):
+        for kind, clips in zip(("video", "motion"), self.both(video, extra)):
             with run.autocast():
-                coded = torch.cat([tae.decode(tae.encode(clip[None]), frames=len(clip))
-                                   for clip in clips])
-            error = (clips - coded).square().mean((1, 2, 3, 4))
+                coded = [tae.decode(tae.encode(clip[None]), frames=len(clip)) for clip in clips]
+            rows += [clips, torch.cat(coded)]
+            error = (clips - rows[-1]).square().mean((1, 2, 3, 4))
             psnr[f"psnr_{kind}"] = round(-10 * error.log10().mean().item(), 2)
-            rows += [clips, coded]
         run.log(stage="tae", step=step, **psnr)
         print0(f"tae: step {step}, held-out PSNR in dB: {psnr}")
         write_video(run.out / f"previews/tae-{step:06d}.mp4", grid(*rows), run.preset.fps)
 
-    def fit_whitening(self, tae):
-        """On the training's first clips, as many at once as have fitted in training."""
+    def first_clips(self, motion):
+        """The training's first clips or their motion, as many at once as fit in training."""
         few = max(1, self.batch // world_size() // self.run.args.accumulate)
-
-        def batches(motion):
-            for indices in torch.arange(WHITENING_CLIPS).split(few):
-                video, _, extra, _ = self.dataset.training(indices.tolist())
-                video = video.to(self.run.device)
-                yield self.dataset.motion(video, extra) if motion else video
-
-        with self.run.autocast():
-            for motion in (False, True):
-                tae.fit_whitening(batches(motion), motion, rng(self.seed, "basis", motion))
+        for indices in torch.arange(WHITENING_CLIPS).split(few):
+            video, _, extra, _ = self.dataset.training(indices.tolist())
+            yield self.both(video, extra)[motion]
 
 def train_tae(run):
     """Stage tae: trains, then fits the whitening of its latents and writes tae.pt."""
@@ -584,24 +521,25 @@ def train_tae(run):
     train_loop(run, stage)
     checkpoint, step = run.finished("tae")
     if rank() == 0 and origin != f"step {step}":
-        tae = stage.checkpointing(run.load_ema(checkpoint, TAE(run.preset.tae)).to(run.device))
-        stage.fit_whitening(tae)
+        tae = run.load_ema(checkpoint, TAE(run.preset.tae)).to(run.device)
+        set_activation_checkpointing(tae, run.args.activation_checkpointing)
+        with run.autocast():
+            for motion in (False, True):
+                tae.fit_whitening(stage.first_clips(motion), motion,
+                                  rng(run.args.seed, "basis", motion))
         run.write_tae(tae, f"step {step}")
     barrier()
 
 # ---------------------------------------------------------------- stage encode
 
 def update_manifest(run, clips):
-    """Assigns the dataset's clips to shards: {"tae": checksum, "shards": [[key, ...], ...]}. New
-    clips come in new shards."""
+    """Assigns clips to shards, {"shards": [[key, ...], ...]}: new clips come in new shards."""
     path = run.out / "latents/manifest.json"
-    manifest = {"tae": checksum(run.tae()), "shards": []}
-    if path.exists():
-        manifest = read_json(path, "tae", "shards")
-    known = {json.dumps(key) for shard in manifest["shards"] for key in shard}
+    shards = read_json(path, "shards")["shards"] if path.exists() else []
+    known = {json.dumps(key) for shard in shards for key in shard}
     new = [key for key in run.dataset.keys(clips) if json.dumps(key) not in known]
-    manifest["shards"] += [new[i:i + SHARD] for i in range(0, len(new), SHARD)]
-    write_text(path, json.dumps(manifest))
+    shards += [new[i:i + SHARD] for i in range(0, len(new), SHARD)]
+    write_text(path, json.dumps({"shards": shards}))
 
 def encode_shard(run, tae, path, batches):
     """Writes path.x.npy, path.d.npy and path.json of one shard, from (keys, what was read)."""
@@ -656,11 +594,10 @@ def motion_lr_scale(model, C):
     Muon's steps have one size, so zero rows would stay small for long. (Not in the paper.)"""
     scale = {}
     for layer, axis in ((model.W_in, 1), (model.W_out, 0)):
-        shape = list(layer.weight.shape)
-        shape[axis] //= 2
-        old = widen(torch.ones(shape), axis, C, channel_last=True)      # 1 for x, 0 for d
+        factors = torch.ones(layer.weight.shape)
+        factors.unflatten(axis, (-1, 2, C)).select(axis + 1, 1).fill_(MOTION_LR_SCALE)      # d's
         scale[layer.weight] = torch.empty_like(layer.weight)
-        assign(scale[layer.weight], torch.where(old == 1, 1., MOTION_LR_SCALE))
+        load_weights({"scale": scale[layer.weight]}, {"scale": factors})
     return scale
 
 class DiTStage:
@@ -669,8 +606,8 @@ class DiTStage:
 
     def __init__(self, run, name):
         self.run, self.name, args = run, name, run.args
-        self.latents, self.dataset = finished_latents(run), run.dataset
-        self.max_bytes, captions = run.preset.dit.max_bytes, set(self.latents.captions)
+        self.latents, self.max_bytes = finished_latents(run), run.preset.dit.max_bytes
+        captions = set(self.latents.captions)
         if long := sum(len(caption.encode()) > self.max_bytes for caption in captions):
             print0(f"{name}: {long} captions of more than {self.max_bytes} bytes are cut")
         # all steps have texts of one length, so that nothing is compiled again in the middle
@@ -686,46 +623,39 @@ class DiTStage:
 
     def starting_point(self):
         """Weights to begin from, {name: tensor} or a checkpoint, and what they are called."""
-        given, name, args = self.run.given, self.name, self.run.args
-        self.widens = name == "jam" and name not in given       # Sec. 4.2: from a base
-        if name in given:
-            return given[name].state_dict(), f"its own of --init {args.init}"
+        given, init = self.run.given, f"--init {self.run.args.init}"
+        if self.name in given:
+            return given[self.name].state_dict(), f"its own of {init}"
         if "base" in given and self.run.last("base")[0] is None:
-            return given["base"].state_dict(), f"base of --init {args.init}"
-        if name == "base":
+            return given["base"].state_dict(), f"base of {init}"
+        if self.name == "base":
             return None, None
         checkpoint, step = self.run.finished("base")
         return checkpoint, f"base at step {step}"
 
     def build(self, source):
-        """The DiT with its starting weights, sharded under torchrun, and Muon's lr_scale. It begins
-        on the meta device, but for W_in and W_out, which add_motion widens."""
-        run, begins = self.run, source is not None and self.run.last(self.name)[0] is None
+        """The DiT with its starting weights, sharded, and Muon's lr_scale."""
+        run, jam, ready = self.run, self.name == "jam", {}
+        widens = jam and "jam" not in run.given                 # Sec. 4.2: from a base
         with torch.device("meta"):
-            model = DiT(dataclasses.replace(run.preset.dit,
-                                            motion=self.name == "jam" and not self.widens))
-        ready = {}
-        if self.widens:
-            if begins:
-                for layer in (model.W_in, model.W_out):
-                    layer.to_empty(device="cpu")
-                ready = {"W_in.weight": model.W_in.weight, "W_out.weight": model.W_out.weight}
-                load_weights(ready, source)
+            model = DiT(dataclasses.replace(run.preset.dit, motion=jam and not widens))
+        if widens:                              # of the whole model only these are on the CPU
+            ready = {f"{name}.weight": getattr(model, name).to_empty(device="cpu").weight
+                     for name in ("W_in", "W_out")}
+            load_weights(ready, source)
             model.add_motion()
-        set_activation_checkpointing(model, run.args.activation_checkpointing)
         model = distribute(model, run)
-        if begins:
+        if source is not None:
             load_weights({name: weight for name, weight in model.named_parameters()
                           if name not in ready}, source)
-        return model, motion_lr_scale(model, run.preset.dit.channels) if self.widens else None
+        return model, motion_lr_scale(model, run.preset.dit.channels) if widens else None
 
     def load(self, step, places):
-        key = self.run.args.seed, self.stream, step
+        args, key = self.run.args, (self.run.args.seed, self.stream, step)
         indices = torch.randint(len(self.latents.captions), (self.batch,), generator=rng(*key))
         x1, d1, y = self.latents.batch(indices[places.start:places.stop].tolist(), self.max_bytes)
         y = F.pad(y, (0, self.text_length - y.shape[1]), value=PAD)
         # sampled here, in a thread: a GPU would wait for it
-        args = self.run.args
         noise = [sample_noise(x1[:1].shape, rng(*key, place), args.uniform_t, args.t_shift,
                               motion_dropout=args.motion_dropout) for place in places]
         return x1, d1, y, *map(torch.cat, zip(*noise))
@@ -741,9 +671,9 @@ class DiTStage:
         report = {"t": noise.t, "loss_x": mse[:, :C].mean(1)}
         if self.name == "jam":
             # apart: where d is dropped, its noise d0 cannot be known, and adds its variance of 1
-            loss_d, no = mse[:, C:].mean(1), torch.full_like(noise.t, math.nan)
-            report["loss_d"] = torch.where(noise.no_motion, no, loss_d)
-            report["loss_d_dropped"] = torch.where(noise.no_motion, loss_d, no)
+            loss_d = mse[:, C:].mean(1)
+            report["loss_d"] = loss_d.masked_fill(noise.no_motion, math.nan)
+            report["loss_d_dropped"] = loss_d.masked_fill(~noise.no_motion, math.nan)
         yield mse.mean(), report
 
     def preview(self, checkpoint, step):
@@ -753,46 +683,40 @@ class DiTStage:
         dit = run.load_dit(checkpoint, self.name, dtype).to(run.device)
         model = VideoJAM(run.preset, run.tae(), dit, self.name)
         each = 1 if run.args.activation_checkpointing else 8    # large clips one by one
-        shown = model.generate(self.dataset.held_out(8)[1], steps=30, batch=each)
+        shown = model.generate(run.dataset.held_out(8)[1], steps=30, batch=each)
         write_video(run.out / f"previews/{self.name}-{step:06d}.mp4",
                     grid(*(part for part in shown if part is not None)), run.preset.fps)
 
 def finished_latents(run):
     """The run's latents. ValueError if there are none, not all yet, or of another TAE."""
-    latents = Latents(run.out / "latents", run.dataset)
-    if not latents.captions:
-        raise ValueError(f"{run.out}: has no latents yet, run --stage encode first")
-    shards = read_json(run.out / "latents/manifest.json", "shards")["shards"]
-    if len(latents.shards) < len(shards):
-        raise ValueError(f"{run.out}: encode stopped at {len(latents.shards)} of {len(shards)} "
-                         f"shards, finish it first with --stage encode")
-    run.tae()
+    latents, manifest = Latents(run.out / "latents", run.dataset), run.out / "latents/manifest.json"
+    done, count = len(latents.shards), "all"
+    if manifest.exists():
+        count = len(read_json(manifest, "shards")["shards"])
+    if done != count or not latents.captions:
+        raise ValueError(f"{run.out}: has {done} of {count} shards of latents, run --stage encode "
+                         "first")
     return latents
 
 # ---------------------------------------------------------------- stage raft
 
 class RAFTStage:
-    """RAFT on pairs of frames with exact flow, from nothing or from --init's weights. The weights
-    are in the run's raft.pt."""
+    """RAFT on pairs of frames with exact flow; its weights are in the run's raft.pt."""
     name, decay, lr_scale, notes, iters = "raft", .95, None, {}, 8
 
     def __init__(self, run):
-        args = run.args
-        self.run, self.photos = run, read_photos(args.images) if args.images else ()
+        self.run, args = run, run.args
         torch.manual_seed(args.seed)
-        raft = RAFT.load(args.init) if args.init else RAFT()
-        self.model = distribute(raft.requires_grad_(True).to(
-            memory_format=torch.channels_last), run)
+        raft = RAFT.load(args.init).requires_grad_(True) if args.init else RAFT()
+        self.model = distribute(raft.to(memory_format=torch.channels_last), run)
         if dist.is_initialized():
-            register_fsdp_forward_method(self.model, "flows")
-        self.settings = {"weights": args.init, "images": args.images}
-        self.batch, parts = run.hyperparameters("raft")[2], world_size() * args.accumulate
-        if parts > 1 and self.batch % (8 * parts):              # large frames come in eighths of it
-            raise ValueError(f"raft: --batch {self.batch} is not a multiple of 8 x {parts} parts")
+            fsdp.register_fsdp_forward_method(self.model, "flows")
+        self.settings = {"weights": args.init}
+        self.batch = run.hyperparameters("raft")[2]
 
     def load(self, step, places):
         """This process's share of the step's pairs; there are fewer where frames are large."""
-        pairs = training_pairs(self.run.args.seed * 100_000 + step, self.batch, self.photos)
+        pairs = training_pairs(self.run.args.seed * 100_000 + step, self.batch)
         share = [len(pairs[0]) * place // self.batch for place in (places.start, places.stop)]
         return [part[slice(*share)] for part in pairs]
 
@@ -806,34 +730,30 @@ class RAFTStage:
         yield loss, {"loss": loss[None]}
 
     def preview(self, checkpoint, step):
-        """Writes raft.pt, and rows of frame, next frame, true flow, estimate. Logs the median error
-        in px over moving pixels, of held-out sprites (64 px) and scenes (128 px)."""
-        run = self.run
+        """Writes raft.pt and a picture: frame, next frame, true flow, estimate. Logs its errors."""
+        run, errors, rows = self.run, {}, []
         raft = run.load_ema(checkpoint, RAFT()).eval().to(run.device)
-        state = {name: tensor.half().cpu() for name, tensor in raft.state_dict().items()}
-        write_tensors(run.out / "raft.pt", state)
+        write_tensors(run.out / "raft.pt", {name: weight.half().cpu()
+                                            for name, weight in raft.state_dict().items()})
         first, second, flow = flow_scenes(4, 128, HELD_OUT)
         clips = {"sprites": sprite_clips(range(HELD_OUT, HELD_OUT + 4))[:2],
                  "scenes": (torch.stack([first, second], 1), flow.unsqueeze(1))}
-        errors, rows = {}, []
         for kind, (video, truth) in clips.items():
             flow = estimate_flow(raft, video).cpu()[:, :truth.shape[1]]     # a scene has one
-            moving = truth.norm(dim=2) > .05
+            moving, k = truth.norm(dim=2) > .05, video.shape[1] // 2 - 1
             errors[f"error_{kind}"] = (flow - truth).norm(dim=2)[moving].median().item()
-            k = video.shape[1] // 2 - 1
             row = [video[:, k], video[:, k + 1], flow_to_rgb(truth[:, k]), flow_to_rgb(flow[:, k])]
             rows += F.interpolate(torch.cat(row, -1), (128, 4 * 128)).unbind()
         run.log(stage="raft", step=step, **errors)
         print0(f"raft: step {step}, median error of what moves, px: {errors}")
         picture = (torch.cat(rows, 1) * 255).byte().permute(1, 2, 0).numpy()
-        write_file(run.out / f"previews/raft-{step:06d}.png", lambda temporary:
-                   temporary.write_bytes(iio.imwrite("<bytes>", picture, extension=".png")))
+        write_file(run.out / f"previews/raft-{step:06d}.png",
+                   lambda temporary: iio.imwrite(temporary, picture))
 
-# ---------------------------------------------------------------- what a run would take
+# ---------------------------------------------------------------- dry run, command line
 
 def activation_bytes(preset, checkpointing=False):
-    """Bytes a clip that a training step keeps for its backward pass, in bf16: about 220 for each
-    channel of a token in a block (measured); with checkpointing 2, and one block's 220."""
+    """What a training step keeps for its backward pass, in bytes a clip (bf16; 220: measured)."""
     _, T, H, W = preset.latent_shape()
     channels = T * H * W // preset.dit.patch ** 2 * preset.dit.width
     return channels * (2 * preset.dit.depth + 220 if checkpointing else 220 * preset.dit.depth)
@@ -843,41 +763,34 @@ def needs_checkpointing(preset):
     return activation_bytes(preset) > 2e10
 
 def dry_run(args):
-    """Prints parameters, FLOPs, memory and hours of the preset's VideoJAM fine-tuning. The model is
-    on the meta device, so nothing is computed."""
+    """Prints what the preset's fine-tuning would take. On the meta device nothing is computed."""
     preset, gpus, checkpointing = PRESETS[args.preset], args.gpus, args.activation_checkpointing
     C, T, H, W = preset.latent_shape()
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         dit = DiT(dataclasses.replace(preset.dit, motion=True))
         dit(torch.zeros(1, 2 * C, T, H, W), torch.zeros(1), tokenize(["x" * 100]).to("meta"))
     forward, P = counter.get_total_flops(), sum(p.numel() for p in dit.parameters())
-    moments = sum(p.numel() * count for optimizer, count in zip(make_optimizers(dit, 0.), (2, 1))
-                  for p in optimizer.param_groups[0]["params"])     # AdamW's and Muon's
+    # Muon keeps one moment of a weight, AdamW two
+    moments = P + sum(p.numel() for p in make_optimizers(dit, 0.)[0].param_groups[0]["params"])
     steps, _, batch = DEFAULTS[args.preset]["jam"]
     steps, batch = args.steps or steps, args.batch or batch
-    clips = max(1, batch // gpus // args.accumulate)
-    training = (4 if checkpointing else 3) * forward        # a backward pass is two forward ones
-    hours = steps * batch * training / (args.tflops * 1e12 * 3600)
-    memory = [("weights, gradients and EMA, fp32", 12 * P / gpus),
-              ("moments of Muon and AdamW, fp32", 4 * moments / gpus),
-              (f"activations of {clips} clips", clips * activation_bytes(preset, checkpointing))]
-    memory.append(("in all", sum(size for _, size in memory)))
-    print(f"{args.preset} on {gpus} GPUs, VideoJAM fine-tuning of {steps} steps x {batch} clips of "
-          f"{preset.frames} x {preset.size} x {preset.size}, activation checkpointing "
-          f"{'on' if checkpointing else 'off'}")
-    for name, value in [("parameters of the DiT", f"{P / 1e9:,.3f} B"),
-                        ("tokens a clip", f"{T * H * W // preset.dit.patch ** 2:,}"),
-                        ("FLOPs a clip, forward", f"{forward / 1e12:,.3f} T"),
-                        ("FLOPs a clip, training step", f"{training / 1e12:,.3f} T"),
-                        *((f"memory a GPU: {part}", f"{size / 1e9:,.3f} GB")
-                          for part, size in memory),
-                        ("time", f"{hours / gpus:,.3f} h"),
-                        ("time of all GPUs together", f"{hours:,.3f} h")]:
-        print(f"  {name:<48}{value}")
-    print(f"assumed: {args.tflops:g} TFLOP/s sustained on each GPU (--tflops), no waiting, text of "
-          "100 letters;\ngathered layers and the framework's own GB or two come on top")
-
-# ---------------------------------------------------------------- command line
+    clips, passes = max(1, batch // gpus // args.accumulate), 4 if checkpointing else 3
+    hours = steps * batch * passes * forward / (args.tflops * 1e12 * 3600)  # backward is two passes
+    memory = [12 * P / gpus, 4 * moments / gpus, clips * activation_bytes(preset, checkpointing)]
+    weights, moments, activations = (size / 1e9 for size in memory)
+    print(f"""\
+{args.preset} on {gpus} GPUs of {args.tflops:g} TFLOP/s: {steps} steps of jam, {batch} clips each
+  parameters of the DiT                           {P / 1e9:,.3f} B
+  tokens a clip                                   {T * H * W // preset.dit.patch ** 2:,}
+  activation checkpointing                        {"on" if checkpointing else "off"}
+  FLOPs a clip, forward                           {forward / 1e12:,.3f} T
+  memory a GPU: weights, gradients and EMA, fp32  {weights:,.3f} GB
+  memory a GPU: moments of Muon and AdamW, fp32   {moments:,.3f} GB
+  memory a GPU: activations                       {activations:,.3f} GB for {clips} clips
+  memory a GPU: in all                            {weights + moments + activations:,.3f} GB
+  time                                            {hours / gpus:,.3f} h
+  time of all GPUs together                       {hours:,.3f} h
+not counted: waiting, layers while they are gathered, the framework's own GB or two""")
 
 def parse():
     parser = Parser(description=__doc__.split("\n\n")[0])
@@ -893,46 +806,38 @@ def parse():
     flag("--batch", type=positive_int, help="clips a step, on all GPUs; --stage encode: on each")
     flag("--accumulate", type=positive_int, default=1, help="parts of a process's share of the "
          "batch, computed one after the other")
-    flag("--flow", choices=("exact", "raft"), help="default: exact for sprites, raft for videos")
     flag("--clutter", type=fraction, default=0., help="sprite world: share of textured backgrounds "
          "and of scenes with several sprites (default 0; the shipped weights': 0.2)")
     flag("--uniform-t", action=switch, help="t: uniform (the toy's default) or logit-normal")
     flag("--t-shift", type=positive, help="above 1: more t near noise (default: the toy 3, else 1)")
     flag("--motion-dropout", type=fraction, default=.2, help="jam: share of samples without motion")
     flag("--sigma", type=positive, default=.15, help="of Eq. 5")
-    flag("--images", type=nonempty, help="raft: a folder of photographs for textures")
     flag("--seed", type=seed, default=0)
     flag("--workers", type=positive_int, default=4, help="threads that load data")
     flag("--device", help="default: a GPU if there is one")
     flag("--precision", choices=("bf16", "fp32"), help="default: bf16 where that is fast")
     flag("--compile", action=switch, help="default: where there is a C++ compiler")
     flag("--activation-checkpointing", action=switch, help="default: for 4b and 30b")
-    flag("--replicas", type=positive_int, default=1, help="groups of GPUs that hold a whole model")
     flag("--dry-run", action="store_true", help="print what the preset would take")
     flag("--gpus", type=positive_int, default=1, help="dry run: how many")
     flag("--tflops", type=positive, default=400, help="dry run: sustained by a GPU")
     args = parser.parse_args()
     if args.data:
         args.data = str(Path(args.data).resolve())
-        if args.flow == "exact":
-            raise ValueError("--flow exact: only the sprite world knows its motion, take raft")
-    if args.stage == "raft" and not (0 <= args.seed < 100 and (args.steps or 1) <= 100_000
-                                     and 3 <= (args.batch or 8) <= 256):
-        raise ValueError("raft takes --seed from 0 to 99, --steps up to 100,000, --batch from 3 to "
-                         "256: beyond them are the held-out clips")
-    args.flow = args.flow or ("raft" if args.data else "exact")
-    args.out = args.out or "runs/" + ("raft" if args.stage == "raft" else
-                                      Path(args.data).name if args.data else args.preset)
-    # a toy's few latents are decided before t = .1, of which logit-normal samples only 1.4%
-    toy = args.preset == "toy"
-    args.uniform_t = toy if args.uniform_t is None else args.uniform_t
-    args.t_shift = args.t_shift or (3. if toy else 1.)
+    raft, toy = args.stage == "raft", args.preset == "toy"
+    if raft and not (0 <= args.seed < 100 and 3 <= (args.batch or 8) <= 256
+                     and (args.steps or 1) <= 100_000):         # beyond are the held-out clips
+        raise ValueError("raft takes --seed from 0 to 99, --batch from 3 to 256, --steps to 100000")
     args.device = device_of(args.device)
-    args.compile = can_compile(args.device) if args.compile is None else args.compile
-    if args.activation_checkpointing is None:
-        args.activation_checkpointing = needs_checkpointing(PRESETS[args.preset])
     args.precision = {"bf16": torch.bfloat16, "fp32": torch.float32,
                       None: fast_dtype(args.device)}[args.precision]
+    # a toy's few latents are decided before t = .1, of which logit-normal samples only 1.4%
+    defaults = {"uniform_t": toy, "t_shift": 3. if toy else 1., "compile": can_compile(args.device),
+                "out": f"runs/{'raft' if raft else Path(args.data or args.preset).name}",
+                "activation_checkpointing": needs_checkpointing(PRESETS[args.preset])}
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     return args
 
 def main():
@@ -945,7 +850,6 @@ def main():
     run.check()
     run.create()
     for stage in run.stages:
-        start = time.time()
         if stage == "tae":
             train_tae(run)
         elif stage == "encode":
@@ -955,7 +859,6 @@ def main():
         else:
             train_loop(run, DiTStage(run, stage))
             run.export()
-        print0(f"{stage}: {time.time() - start:.0f} s")
     print0(f"{run.out}: done")
     if dist.is_initialized():
         dist.destroy_process_group()

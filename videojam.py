@@ -31,7 +31,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from common import ROOT, autocast, one_line, read_tensors, write_tensors
+from common import ROOT, autocast, one_line, read_tensors, truncate, write_tensors
 
 # ---------------------------------------------------------------- Sec. 4.1: flow matching (Eq. 1-3)
 
@@ -127,8 +127,7 @@ def rms_norm(x):
 
 @functools.lru_cache(maxsize=16)
 def rope_table(grid, head_dim, device):
-    """Axial rotary angles of a grid of positions -> cos, sin (positions, head_dim / 2) each. Every
-    axis has its own share of the frequencies, so any length and size works."""
+    """Axial rotary angles of a grid -> cos, sin (positions, head_dim / 2), shared by the axes."""
     pairs = head_dim // 2
     shares = [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3] if len(grid) == 3 else [pairs]
     axes = torch.meshgrid(*[torch.arange(n, device=device).float() for n in grid], indexing="ij")
@@ -355,11 +354,7 @@ class Guidance(NamedTuple):
     terms: Callable                     # (w1, w2) -> [(weight, with d?, with y?), ...]
     late_w2: float | None = 0.
 
-    @property
-    def needs_motion(self):
-        """Whether a model must have motion: some term leaves d out."""
-        return not all(with_d for _, with_d, _ in self.terms(1., 1.))
-
+WITHOUT_MOTION = "cfg", "none"          # modes for models without motion too: no term leaves d out
 # w1 is the text scale, w2 the motion scale, in App. A's modes too (the paper swaps them there).
 # w1 = 5 in Eq. 8 is what others call a guidance scale of 6; in ip2p and composable it is one of 5.
 GUIDANCE = {
@@ -382,7 +377,7 @@ def find_guidance(mode, has_motion):
     """The Guidance of a mode. ValueError: an unknown one, or one that needs motion without it."""
     if mode not in GUIDANCE:
         raise ValueError(f"unknown guidance {mode!r}: one of {', '.join(GUIDANCE)}")
-    if GUIDANCE[mode].needs_motion and not has_motion:
+    if not has_motion and mode not in WITHOUT_MOTION:
         raise ValueError(f"guidance {mode!r} needs motion: a model without it takes cfg or none")
     return GUIDANCE[mode]
 
@@ -404,8 +399,7 @@ def guided_velocity(model, x, d, t, y, w1=5., w2=3., mode="inner", null=None):
 # ---------------------------------------------------------------- App. C: schedule and sampler
 
 def linear_quadratic(steps, emulated=1000):
-    """Movie Gen's schedule: (steps + 1,) times from 0 to 1, half of them 1/emulated apart, then
-    quadratically more. emulated = 1280 at 64 steps is Mochi's threshold of 0.025."""
+    """Movie Gen's (steps + 1,) times from 0 to 1: half of them 1/emulated apart, then quadratic."""
     if not 1 <= steps <= emulated:
         raise ValueError(f"steps must be from 1 to {emulated}, got {steps}")
     i = torch.arange(steps + 1, dtype=torch.float64)
@@ -577,16 +571,6 @@ def tae_loss(tae, video, noise, mse_weight=3., kl_weight=1e-5, outlier_weight=1e
 PAD, EOS, VOCABULARY = 0, 257, 258      # tokens 1..256 are the bytes 0..255 (as in ByT5)
 FOLD = 4                                # so many tokens become one position of the text encoder
 
-def truncate(prompt, max_bytes):
-    """A prompt's first bytes, max_bytes at most (None: all), up to the end of a character."""
-    return prompt.encode()[:max_bytes].decode(errors="ignore")
-
-def print_truncated(prompts, max_bytes):
-    """Says which prompts are longer than a model takes."""
-    for prompt in dict.fromkeys(prompts):
-        if (kept := truncate(prompt, max_bytes)) != prompt:
-            print(f"the model takes {max_bytes} bytes of a prompt: cut to {kept!r}")
-
 @functools.lru_cache(2 ** 13)           # captions repeat, and bytes are slow in Python
 def token_row(prompt, max_bytes):
     """The tokens of one prompt, (L,): see `tokenize`."""
@@ -653,11 +637,6 @@ class Preset:
     dit: DiTConfig
     sigma: float = .15                  # of Eq. 5
 
-    @staticmethod
-    def from_dict(c):
-        """The inverse of dataclasses.asdict, for what a model file carries."""
-        return Preset(**{**c, "tae": TAEConfig(**c["tae"]), "dit": DiTConfig(**c["dit"])})
-
     def latent_shape(self):
         """(C, T', H', W') of one clip."""
         time, space = self.tae.compression
@@ -681,11 +660,11 @@ def weights_path(run):
     return ROOT / "weights/toy.pt" if run is None else Path(run) / "model.pt"
 
 def read_model_file(path):
-    """Preset, TAE and {name: DiT} of a model file, in half precision, memory-mapped. ValueError:
-    the file is missing, damaged or of another version."""
+    """Preset, TAE and {name: DiT} of a model file, half precision. ValueError for other files."""
     content = read_tensors(path, "videojam")
     try:
-        config, dits = Preset.from_dict(content["config"]), {}
+        c, dits = content["config"], {}
+        config = Preset(**{**c, "tae": TAEConfig(**c["tae"]), "dit": DiTConfig(**c["dit"])})
         with torch.device("meta"):              # the file's tensors are used: nothing to allocate
             tae = TAE(config.tae)
             tae.load_state_dict(content["tae"], assign=True)

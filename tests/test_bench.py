@@ -8,6 +8,7 @@ import torch
 
 import bench
 import metrics
+import sample
 from common import write_video
 from conftest import ROOT
 from metrics import cell
@@ -22,11 +23,9 @@ def cheap(monkeypatch):
 
 def test_every_experiment_writes_its_tables_and_a_page_that_holds_all(model_folder, run, tmp_path,
                                                                       monkeypatch):
-    monkeypatch.setattr(bench.np, "sum", lambda *_: 61)                 # speed: three turns
     for module in (bench, metrics):
         monkeypatch.setattr(module, "estimate_flow", lambda raft, video: 0 * video[:, :, :2])
-    code, said, err = run(bench.main, "--run", model_folder, "--n", 2, "--steps", 2, "--out", tmp_path,
-                          "--batch", 2)
+    code, said, err = run(bench.main, "--run", model_folder, "--n", 2, "--steps", 2, "--out", tmp_path)
     assert not code, err
     assert (tmp_path / "motivation-0.svg").read_text().count("<polyline") == 4
     for row in ("real clips", "through the TAE", "base", "control", "VideoJAM, w2 = 0",
@@ -39,7 +38,6 @@ def test_every_experiment_writes_its_tables_and_a_page_that_holds_all(model_fold
     page = (tmp_path / "report.html").read_text()
     assert page.count("<svg") == 3 and page.count("data:video/mp4;base64,") > 8
     assert "://" not in page.replace("http://www.w3.org", "")       # nothing is fetched
-    assert json.loads(said.splitlines()[-1])["sampling, inner / cfg"] > 0
     assert not list(tmp_path.glob(".*"))
 
 @pytest.mark.parametrize("name, placeholder", [("rate.html", "DATA"), ("report.html", "CONTENT")])
@@ -50,20 +48,14 @@ def test_what_would_fail_at_the_end_is_said_before_anything_is_drawn(model_folde
                                                                      monkeypatch):
     monkeypatch.setattr(VideoJAM, "generate", None)
     (tmp_path / "file").write_text("")
-    assert "nowhere/model.pt: no such file" in refuses(
-        bench.main, "ablation", "--run", model_folder, "--n", 1, "--also", tmp_path / "nowhere",
-        "--out", tmp_path / "out")
+    assert "nowhere/model.pt: No such file" in refuses(
+        bench.main, "ablation", "--run", tmp_path / "nowhere", "--n", 1, "--out", tmp_path / "out")
     assert "file: File exists" in refuses(bench.main, "motivation", "--run", model_folder, "--n", 1,
                                           "--out", tmp_path / "file")
 
 def test_a_path_where_an_experiment_takes_none_is_not_taken_for_a_run(model_folder, refuses, tmp_path):
-    for experiment in (*bench.EXPERIMENTS, "speed"):
+    for experiment in bench.EXPERIMENTS:
         assert "named by --run" in refuses(bench.main, experiment, model_folder, "--out", tmp_path / "x")
-
-def test_an_unknown_preset_is_refused_before_anything_is_drawn(model_folder, refuses, tmp_path):
-    assert "--preset: invalid choice: 'huge'" in refuses(
-        bench.main, "--run", model_folder, "--preset", "huge", "--out", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 def test_models_that_a_file_lacks_are_left_out(model_folder, run, tmp_path):
     jam = bench.VideoJAM.load(model_folder / "model.pt")
@@ -72,15 +64,13 @@ def test_models_that_a_file_lacks_are_left_out(model_folder, run, tmp_path):
                           "--out", tmp_path / "out")
     assert not code and "no control model" in said and "| base |" not in said, err
 
-def test_a_folder_is_generated_measured_and_rated(model_folder, run, tmp_path, refuses, monkeypatch):
+def test_folders_of_samples_are_measured_and_rated(model_folder, run, tmp_path, refuses, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("a red square\n\na b/c " + "x" * 300 + "\n")
     for folder, seeds in (("a", 2), ("b", 1)):
-        code, _, err = run(bench.main, "generate", tmp_path / "prompts.txt", tmp_path / folder,
-                           "--run", model_folder, "--steps", 1, "--seeds", seeds)
+        code, _, err = run(sample.main, "--prompts", tmp_path / "prompts.txt", "--out",
+                           tmp_path / folder, "--run", model_folder, "--steps", 1, "--n", seeds)
         assert not code, err
-    names = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert len(names) == 4 and "a red square-0.mp4" in names and "a red square-1.mp4" in names
     (tmp_path / "a" / "broken-0.mp4").write_bytes(b"no video")
     write_video(tmp_path / "a" / "a red square-2.gif", torch.rand(5, 3, 16, 16), 8)
     code, said, err = run(bench.main, "metrics", tmp_path / "a", "--out", tmp_path / "out")
@@ -90,16 +80,12 @@ def test_a_folder_is_generated_measured_and_rated(model_folder, run, tmp_path, r
     means = [np.mean([row["flicker"] for name, row in videos.items() if name.startswith(prompt)])
              for prompt in ("a red square-", "a b c ")]         # of 3 videos and of 2
     assert f"| {cell(means, 100)} |" in line
-    (tmp_path / "some.txt").write_text("a red square\nanother\n")
     sizes, measure = set(), bench.vbench
     monkeypatch.setattr(bench, "vbench", lambda video, *rest: (
         sizes.add(tuple(video.shape[1:])), measure(video, *rest))[1])
-    code, said, err = run(bench.main, "metrics", tmp_path / "a", tmp_path / "some.txt",
-                          "--size", 40)
-    assert not code and "3 videos of 1 prompts, resized to 40 px, 0 skipped, 1 prompts" in said, err
+    code, said, err = run(bench.main, "metrics", tmp_path / "a", "--size", 40)
+    assert not code and "5 videos of 2 prompts, resized to 40 px, 1 skipped" in said, err
     assert sizes == {(3, 40, 40)}
-    (tmp_path / "twice.txt").write_text("x" * 200 + "1\n" + "x" * 200 + "2\n")
-    assert "180 bytes" in refuses(bench.main, "generate", tmp_path / "twice.txt", tmp_path / "c")
     code, said, err = run(bench.main, "rate", tmp_path / "a", tmp_path / "b", "--out", tmp_path)
     assert not code and "2 pairs, 3 videos without a pair" in said, err
     page = (tmp_path / "rate.html").read_text()
@@ -112,21 +98,6 @@ def test_a_folder_is_generated_measured_and_rated(model_folder, run, tmp_path, r
     (tmp_path / "empty").mkdir()
     assert "no videos" in refuses(bench.main, "metrics", tmp_path / "empty")
     assert "no videos" in refuses(bench.main, "rate", tmp_path / "a", tmp_path / "missing")
-    assert "prompts.txt" in refuses(bench.main, "generate", tmp_path / "no-prompts.txt", tmp_path)
-
-def test_generate_draws_in_batches_what_it_would_draw_at_once(model_folder, run, tmp_path, monkeypatch):
-    (tmp_path / "prompts.txt").write_text("a red square\n")
-    clips = {}
-    monkeypatch.setattr(bench, "write_video",
-                        lambda path, clip, fps: clips.update({path.name: clip}))
-    code, _, err = run(bench.main, "generate", tmp_path / "prompts.txt", tmp_path / "a",
-                       "--run", model_folder, "--steps", 2, "--seeds", 18)
-    assert not code, err
-    whole, _ = VideoJAM.load(model_folder / "model.pt").generate(
-        ["a red square"] * 18, steps=2)
-    assert len(clips) == 18
-    for i, clip in enumerate(whole):
-        assert torch.equal(clips[f"a red square-{i}.mp4"], clip)
 
 def test_votes_become_shares_with_intervals_and_agreement(run, tmp_path, refuses):
     def ballot(name, choices, a="A"):

@@ -148,10 +148,10 @@ def test_warping_back_by_the_flow_gives_the_frame():
 @pytest.mark.parametrize("pairs", [3, 4])
 def test_vbench_dynamic_degree_counts_pairs_by_the_fastest_pixels(pairs, monkeypatch):
     """Of 16 frames 4 pairs have to move: the mean of the top 5% above 6 px of 256."""
-    monkeypatch.setattr(metrics, "estimate_flow", lambda raft, video: 0 * video[:, :, :2])
-    flow = torch.zeros(16, 2, 64, 64)
-    flow[:pairs, 0].view(pairs, -1)[:, :103] = 3.1          # half of 5%: the mean is 1.56 > 1.5
-    assert vbench(torch.zeros(16, 3, 64, 64), 8, None, flow)["dynamic"] == (pairs == 4)
+    flow = torch.zeros(1, 16, 2, 64, 64)
+    flow[0, :pairs, 0].view(pairs, -1)[:, :103] = 3.1       # half of 5%: the mean is 1.56 > 1.5
+    monkeypatch.setattr(metrics, "estimate_flow", lambda raft, video: flow[:, :video.shape[1]])
+    assert vbench(torch.zeros(16, 3, 64, 64), 8, None)["dynamic"] == (pairs == 4)
 
 def test_vbench_flicker_and_smoothness_of_a_known_motion(monkeypatch):
     """Things move by 1 px a frame: with the exact flow every odd frame is predicted."""

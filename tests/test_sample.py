@@ -102,12 +102,35 @@ def test_default_name_is_the_prompt_and_small_videos_are_enlarged(run, model_fol
     assert code == 0 and str(path) == "outputs/a-red-square.mp4" and str(path) in said, err
     assert 200 < iio.imread(path).shape[2] < 300
 
+def test_a_new_sample_never_replaces_another(run, model_folder):
+    for prompts in (["?"], ["?", "!"], ["?", "--seed", 1]):
+        assert run(sample.main, *prompts, "--run", model_folder, "--steps", 1)[0] == 0
+    assert sorted(os.listdir("outputs")) == ["video-2.mp4", "video-3.mp4", "video-4.mp4",
+                                             "video.mp4"]
+
+def test_out_makes_its_folder_and_a_folder_gets_vbenchs_names(draw, generated):
+    written, _ = draw(PROMPT, "a/b", "--n", 2, out="new/folder")
+    assert list(written) == [f"new/folder/{name}-{i}.mp4" for name in (PROMPT, "a b")
+                             for i in range(2)]
+    for video, wanted in zip(written.values(), generated([PROMPT] * 2 + ["a/b"] * 2)[0]):
+        assert torch.equal(video, picture(wanted))
+    assert list(draw(PROMPT, out="other/z.MP4")[0]) == ["other/z.MP4"]
+
+def test_prompts_of_one_file_name_are_refused(refuses, model_folder):
+    assert "have the same first 180 bytes" in refuses(
+        sample.main, "x" * 200 + "1", "x" * 200 + "2", "--run", model_folder, "--out", "folder")
+
+def test_a_gif_lasts_as_long_as_its_video(draw):
+    draw(PROMPT, out="a.gif")
+    durations = [iio.immeta("a.gif", index=k)["duration"] for k in range(TINY.frames)]
+    assert sum(durations) == 620 and set(durations) == {120, 130}       # of 625 ms
+
 def test_long_prompts_are_cut_between_characters_with_a_message(draw, generated):
     fits = "x" * (TINY.dit.max_bytes - 1)
     written, said = draw(fits + "🙂 and more")
-    assert repr(fits) in said and f"takes {TINY.dit.max_bytes}" in said
+    assert repr(fits) in said and f"reads {TINY.dit.max_bytes} bytes" in said
     assert torch.equal(*written.values(), picture(generated([fits])[0][0]))
-    assert "takes" not in draw(PROMPT)[1]
+    assert "bytes" not in draw(PROMPT)[1]
 
 def test_shipped_weights_are_the_default(run):
     code, said, err = run(sample.main, "a red square moves left", "--motion", "--steps", 4,
@@ -116,8 +139,8 @@ def test_shipped_weights_are_the_default(run):
 
 @pytest.mark.parametrize("argv, complaint", [
     ((), "no prompt"), (("--prompts", "empty.txt"), "no prompt"),
-    (("--prompts", "missing.txt"), "cannot read missing.txt"),
-    (("--prompts", "latin.txt"), "cannot read latin.txt"), (("\udce9",), "not UTF-8"),
+    (("--prompts", "missing.txt"), "missing.txt: No such file"),
+    (("--prompts", "latin.txt"), "a prompt is not UTF-8"), (("\udce9",), "not UTF-8"),
     (("empty.txt",), "empty.txt: a file, not a prompt: --prompts empty.txt takes its lines"),
     *(((PROMPT, flag, 0), f"{flag}: must be a positive")
       for flag in ("--steps", "--emulated", "--n", "--upscale")),
@@ -125,10 +148,11 @@ def test_shipped_weights_are_the_default(run):
     ((PROMPT, "--w1", "nan"), "not finite"), ((PROMPT, "--upscale", 10 ** 9), "out of memory"),
     ((PROMPT, "--device", "bad"), "--device bad: no such device"),
     ((PROMPT, "--guidance", "more"), "--guidance: invalid choice: 'more'"),
-    ((PROMPT, "--out", "nowhere/a.mp4"), "nowhere"), ((PROMPT, "--out", "a"), ".mp4 or .gif"),
+    ((PROMPT, "--out", "a.avi"), "--out a.avi: name a .mp4 or .gif file, or a folder"),
+    ((PROMPT, " "), "no prompt, or a blank one"),
     ((PROMPT, "--out", "empty.txt/a.mp4"), "empty.txt"),
-    ((PROMPT, "--out", "folder.mp4"), "folder.mp4: a folder"),
-    ((PROMPT, "--run", ""), "model.pt: no such file"),
+    ((PROMPT, "--out", "folder.mp4"), "--out folder.mp4: name a"),
+    ((PROMPT, "--run", ""), "model.pt: No such file"),
     ((PROMPT, "--run", "jam", "--compare"), "has no 'base' model"),
     ((PROMPT, "--which", "base", "--motion"), "predicts no motion"),
     ((PROMPT, "--which", "base", "--guidance", "inner"), "needs motion")])
@@ -144,7 +168,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(refuses, model_folder, arg
 def test_unwritable_folder_is_refused_before_sampling(refuses, model_folder, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)       # root may
     monkeypatch.setattr(VideoJAM, "generate", None)
-    assert "can be written" in refuses(sample.main, PROMPT, "--run", model_folder, "--out", "a.mp4")
+    assert "cannot be written" in refuses(sample.main, PROMPT, "--run", model_folder, "--out", "a.mp4")
 
 @pytest.mark.parametrize("out, writer", [("a.mp4", "imageio.v3.imwrite"),
                                          ("a.gif", "pathlib.Path.write_bytes")])
@@ -161,5 +185,5 @@ def test_command_ends_with_exit_code_2_and_one_line():
     done = subprocess.run([sys.executable, ROOT / "sample.py", PROMPT, "--run", "nowhere"],
                           capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "sample.py: nowhere/model.pt: no such file\n"
+    assert done.stderr == "sample.py: nowhere/model.pt: No such file or directory\n"
     assert not os.listdir()

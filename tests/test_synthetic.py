@@ -1,15 +1,13 @@
 """pytest tests/test_synthetic.py: the sprite world and the scenes that RAFT trains on."""
 import math
 
-import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from data import read_photos
 from synthetic import (COLOURS, DIRECTIONS, HELD_OUT, MOTIONS, SHAPES, LayerMotion, SceneSampler,
-                       bouncing, flow_scenes, is_held_out, photo_crops, project, sprite_clip,
+                       bouncing, flow_scenes, is_held_out, project, sprite_clip,
                        sprite_clips, sprite_scene, training_pairs)
 
 def warp_error(first, second, flow):
@@ -235,31 +233,3 @@ def test_layer_motion_and_its_inverse():
     assert (moved - points).norm(dim=1).mean() > 2 and motion.bend.any()
     torch.testing.assert_close(motion.backward(moved), points, atol=.01, rtol=0)
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_read_photos(tmp_path):
-    with pytest.raises(ValueError, match="no images of 64 px or more"):
-        read_photos(tmp_path)
-    (tmp_path / "notes.txt").write_text("no image")
-    iio.imwrite(tmp_path / "grey.png", np.full((80, 90), 7, np.uint8))
-    iio.imwrite(tmp_path / "small.png", np.zeros((20, 90, 3), np.uint8))
-    iio.imwrite(tmp_path / "deep.png", np.full((64, 90), 30_000, np.uint16))
-    iio.imwrite(tmp_path / "several.gif", np.random.randint(0, 255, (3, 90, 90, 3), np.uint8))
-    iio.imwrite(tmp_path / "pages.tif", np.random.randint(0, 255, (80, 90, 90), np.uint8))
-    deep, grey = read_photos(tmp_path)
-    assert grey.shape == (3, 80, 90) and (grey == 7).all()
-    assert deep.shape == (3, 64, 90) and (deep == round(30_000 / 65_535 * 255)).all()
-
-def test_photo_crops_are_squares_of_photographs():
-    x, y = torch.arange(90).expand(60, 90), torch.arange(60)[:, None].expand(60, 90)
-    crops = 255 * photo_crops([torch.stack([x, y, x]).byte()], 8, 16, torch.Generator())
-    assert crops.shape == (8, 3, 16, 16) and crops.amin() >= 0 and crops[:, 1].amax() < 60
-    right, down = crops[:, 0].diff(dim=2)[:, :, 4:-4], crops[:, 1].diff(dim=1)[:, 4:-4]
-    pace = right.mean((1, 2))                                           # px of the photograph
-    assert (pace > 20 / 16 - .1).all() and (pace < 60 / 16 + .1).all() and pace.std() > .2
-    torch.testing.assert_close(right, pace[:, None, None].expand_as(right), atol=.1, rtol=0)
-    torch.testing.assert_close(down, pace[:, None, None].expand_as(down), atol=.1, rtol=0)
-
-def test_flow_scenes_use_photos():
-    photo = torch.full((3, 80, 90), 7, dtype=torch.uint8)
-    plain, taken = flow_scenes(4, 64, 3)[0], flow_scenes(4, 64, 3, photos=[photo])[0]
-    assert plain.shape == taken.shape and not torch.equal(plain, taken)
