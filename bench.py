@@ -25,10 +25,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import (ROOT, Parser, autocast, can_compile, compile_layers, device_of, file_stem, grid,
-                    is_out_of_memory, keep_freed_memory, open_video, positive_int, read_json,
+from common import (ROOT, Parser, autocast, can_compile, compile_layers, device_of, file_stem,
+                    frames_and_rate, grid, keep_freed_memory, open_video, positive_int, read_json,
                     read_lines, report_errors, write_text, write_video)
-from data import SUFFIXES
+from data import video_files
 from flow import RAFT, estimate_flow, flow_to_rgb
 from metrics import (VBENCH, cell, held_out_clips, interval, mean_row, paired, score_clips, vbench)
 from synthetic import HELD_OUT, sprite_clips
@@ -265,11 +265,12 @@ def sdedit(e):
 
 # ---------------------------------------------------------------- folders of anybody's videos
 
-def videos_of(folder, suffixes=SUFFIXES):
+def videos_of(folder, suffixes=None):
     """The paths of a folder's videos. ValueError where there are none."""
-    paths = sorted(p for p in Path(folder).glob("*") if p.suffix.lower() in suffixes)
+    paths = [Path(folder, name) for name in video_files(folder)
+             if not suffixes or Path(name).suffix.lower() in suffixes]
     if not paths:
-        raise ValueError(f"{folder}: no videos ({', '.join(sorted(suffixes))}) in it")
+        raise ValueError(f"{folder}: no videos {' or '.join(suffixes or ())} in it")
     return paths
 
 def prompt_of(stem):
@@ -283,12 +284,17 @@ def by_prompt(named, mean=np.mean):
         groups.setdefault(prompt_of(stem), []).append(value)
     return [mean(values) for values in groups.values()]
 
-def read_whole(path, size):
-    """A video's frames (T, 3, H, W) uint8, resized to size x size unless None; and its rate."""
-    meta, decoded = open_video(path)
-    frames = [frame[None] if size is None else F.interpolate(
-        frame[None], (size, size), mode="bilinear", antialias=True) for frame in decoded]
-    return torch.cat(frames), meta["fps"]
+class VideoFile:
+    """A video file's frames (3, H, W) in [0, 1] on a device, resized to size x size unless None:
+    decoded anew each time they are gone through, so it may have any length."""
+    def __init__(self, path, size, device):
+        self.path, self.size, self.device = path, size, device
+
+    def __iter__(self):
+        for frame in open_video(self.path):
+            frame = frame.to(self.device) / 255
+            yield frame if self.size is None else F.interpolate(
+                frame[None], (self.size, self.size), mode="bilinear", antialias=True)[0]
 
 def metrics(args):
     """VBench's motion metrics of a folder of videos, named PROMPT-INDEX as VBench does."""
@@ -297,16 +303,13 @@ def metrics(args):
     args.out.mkdir(parents=True, exist_ok=True)             # fail before the long work
     for path in tqdm(paths, desc="metrics"):
         try:
-            video, fps = read_whole(path, args.size)
-        except Exception as error:              # whatever the decoder says of a broken file
-            if is_out_of_memory(error):
-                raise
-            tqdm.write(f"skipped {path.name}: it cannot be decoded")
+            _, fps = frames_and_rate(path)
+            rows[path.name] = vbench(VideoFile(path, args.size, device), fps, raft)
+            if prompt_of(path.stem) == path.stem:
+                tqdm.write(f"{path.name}: not named PROMPT-INDEX, its name is taken as the prompt")
+        except ValueError as error:
+            tqdm.write(f"skipped {path.name}: {error}")
             skipped += 1
-            continue
-        if prompt_of(path.stem) == path.stem:
-            tqdm.write(f"{path.name}: not named PROMPT-INDEX, its name is taken as the prompt")
-        rows[path.name] = vbench(video.to(device) / 255, fps, raft)
     if not rows:
         raise ValueError(f"{args.paths[0]}: none of its {skipped} videos can be read")
     size = f"resized to {args.size} px" if args.size else "in their own sizes"

@@ -3,12 +3,14 @@ import argparse
 import contextlib
 import ctypes
 import datetime
+import functools
 import itertools
 import json
 import logging
 import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -56,7 +58,8 @@ def is_out_of_memory(error):
 
 def one_line(error):
     """The first 200 characters of an exception's message, on one line."""
-    return " ".join(str(error).split())[:200]
+    text = " ".join(str(error).split())         # torch.save's words for a full disk:
+    return "No space left on device" if "unexpected pos" in text else text[:200]
 
 def report_errors(main):
     """Runs a script's main(). ValueError, OSError and too little memory become one line on stderr
@@ -144,16 +147,70 @@ def read_tensors(path, kind=None):
 
 # ---------------------------------------------------------------- videos
 
-def open_video(path, **options):
-    """What a video file says of itself ("fps", "duration" in s, "size"), and its frames, (3, H, W)
-    uint8, one by one. options: those of imageio_ffmpeg.read_frames. A broken file raises anything,
-    here or by the frames."""
-    # imageio's own reader knows fewer suffixes; absolute, because ffmpeg parses `12:` as a protocol
-    reader = imageio_ffmpeg.read_frames(str(Path(path).absolute()), **options)
-    meta = next(reader)
-    width, height = meta["size"]
-    return meta, (torch.frombuffer(bytearray(data), dtype=torch.uint8).view(height, width, 3)
-                  .permute(2, 0, 1) for data in reader)
+# square pixels, upright; what changes its size in the middle goes on in the first one
+SQUARE = "scale=iw*max(1\\,sar):ih*max(1\\,1/sar),setsar=1"
+# BT.2408: HDR's white is 203 nits; what is brighter is compressed into the last tenth
+TONE_MAP = ("zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=bt709,tonemap=mobius:param=.9,"
+            "zscale=t=bt709:m=bt709:r=tv,format=yuv420p,")
+
+@functools.cache
+def ffmpeg():
+    """The path of the program ffmpeg. ValueError where there is none."""
+    with contextlib.suppress(RuntimeError, OSError, subprocess.CalledProcessError):
+        path = imageio_ffmpeg.get_ffmpeg_exe()
+        subprocess.run([path, "-version"], check=True, capture_output=True)
+        return path
+    raise ValueError("no ffmpeg to read and write videos with: pip install imageio-ffmpeg, or let "
+                     "IMAGEIO_FFMPEG_EXE name the program")
+
+def video_header(path):
+    """What a video file says of itself: "fps", "duration" in s, "pix_fmt", ... ValueError: it is
+    not a video that ffmpeg reads."""
+    ffmpeg()
+    if not os.access(path, os.R_OK):
+        raise ValueError("permission denied" if os.path.exists(path) else "no such file")
+    with contextlib.suppress(Exception):        # whatever the decoder says of other files
+        with contextlib.closing(imageio_ffmpeg.read_frames(str(Path(path).absolute()))) as reader:
+            return next(reader)
+    raise ValueError("cannot be decoded")
+
+def open_video(path, filters="", before=(), after=("-fps_mode", "passthrough")):
+    """A video file's frames, one by one: (3, H, W) uint8, upright, of square pixels, HDR as
+    standard range; all frames that it has, unless ffmpeg's options (before and after its input)
+    and filters say otherwise. ValueError, also by the frames: they cannot be decoded."""
+    ffmpeg()
+    chain, hdr = SQUARE + "," * bool(filters) + filters, False
+
+    def start(chain):
+        # imageio's own reader knows fewer suffixes; absolute, because ffmpeg parses `12:` as a
+        # protocol
+        reader = imageio_ffmpeg.read_frames(
+            str(Path(path).absolute()), input_params=["-reinit_filter", "0", *before],
+            output_params=["-vf", chain, *after])
+        return next(reader), reader
+
+    try:
+        header, reader = start(chain)
+        if hdr := any(curve in header["pix_fmt"] for curve in ("smpte2084", "arib-std-b67")):
+            header, reader = start(TONE_MAP + chain)
+        width, height = header["size"]
+        for data in reader:
+            yield (torch.frombuffer(bytearray(data), dtype=torch.uint8).view(height, width, 3)
+                   .permute(2, 0, 1))
+    except Exception:                           # whatever the decoder says of a broken file
+        raise ValueError("cannot be decoded" + ": HDR, and this ffmpeg has no zscale" * hdr) \
+            from None
+
+def frames_and_rate(path):
+    """How many frames a video file's picture has, and how many a second on average, by decoding it:
+    headers count the sound too, and have another rate where it varies. ValueError: cannot be."""
+    rate = video_header(path)["fps"]
+    try:
+        count, seconds = imageio_ffmpeg.count_frames_and_secs(str(Path(path).absolute()))
+    except RuntimeError:
+        raise ValueError("cannot be decoded") from None
+    average = count / seconds if seconds else rate
+    return count, rate if abs(average - rate) < .01 * rate else average
 
 def check_video(path, frames):
     """OSError unless a video that was just written is whole: ffmpeg is silent on a full disk."""
@@ -164,6 +221,7 @@ def check_video(path, frames):
 
 def write_mp4(path, frames, fps, count=None):
     """Writes frames (H, W, 3) uint8, an array or (with their count) a generator; `path` is new."""
+    ffmpeg()
     iio.imwrite(path, frames, plugin="FFMPEG", is_batch=True, fps=fps, macro_block_size=2,
                 output_params=["-crf", "12"], ffmpeg_log_level="quiet")
     check_video(path, len(frames) if count is None else count())

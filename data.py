@@ -15,6 +15,8 @@ import concurrent.futures
 import contextlib
 import csv
 import functools
+import hashlib
+import itertools
 import json
 import os
 import time
@@ -23,19 +25,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from imageio_ffmpeg import count_frames_and_secs
 from tqdm import tqdm
 
-from common import barrier, open_video, print0, rank, read_json, write_text
-from flow import estimate_flow, flow_to_rgb
+from common import (barrier, ffmpeg, frames_and_rate, open_video, print0, rank, read_json,
+                    video_header, world_size, write_file, write_text)
+from flow import estimate_flow, flow_to_rgb, stream_flow
 from synthetic import HELD_OUT, sprite_clips
 from videojam import tokenize
 
-SUFFIXES = {".mp4", ".mov", ".webm", ".avi", ".gif", ".mkv", ".m4v", ".mpg", ".mpeg"}
+SUFFIXES = {f".{name}" for name in (
+    "mp4 m4v mov qt mkv webm avi gif webp apng mpg mpeg mpe m1v m2v vob ts mts m2ts m2t wmv asf "
+    "flv f4v ogv 3gp 3g2 mxf dv y4m nut ivf mjpeg mjpg h264 264 hevc 265 rm rmvb divx").split()}
+SYSTEM_FOLDERS = {"__macosx", "@eadir", "#recycle", "#snapshot", "$recycle.bin", "recycler",
+                  "system volume information", "lost+found"}      # and what begins with a dot
 CAPTION_COLUMNS = ("text", "caption", "prompt")
-CACHE_BYTES = 2 ** 28                   # of decoded clips, and of their flow
+CAPTION_FILES = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")
 
-# ---------------------------------------------------------------- a folder of videos
+# ---------------------------------------------------------------- what a folder holds
 
 def open_text(path):
     """Text of any editor: without a byte-order mark, bytes that are not UTF-8 as surrogates."""
@@ -46,14 +52,14 @@ def read_metadata(path):
     rows = []
     try:
         with open_text(path) as file:
-            for row in csv.DictReader(file, strict=True) if path.suffix == ".csv" else \
-                    map(json.loads, filter(str.strip, file)):
+            for row in csv.DictReader(file, strict=True, skipinitialspace=True) \
+                    if path.suffix == ".csv" else map(json.loads, filter(str.strip, file)):
                 if not isinstance(row, dict):
                     raise ValueError("must be an object, {...}")
                 if None in row:
                     raise ValueError('more fields than in the first line: "quote" captions with '
                                      'commas')
-                rows.append(row)
+                rows.append({str(name).strip(): value for name, value in row.items()})
     except (csv.Error, ValueError) as error:
         raise ValueError(f"{path}: row {len(rows) + 1}: {getattr(error, 'msg', error)}") from None
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -62,30 +68,66 @@ def read_metadata(path):
         raise ValueError(f"{path}: needs rows with file_name and one of "
                          f"{', '.join(CAPTION_COLUMNS)}, has "
                          f"{', '.join(map(repr, names)) or 'no rows'}")
-    return [(str(row.get("file_name") or ""), row.get(column)) for row in rows]
+    return [(str(row.get("file_name") or "").strip(), row.get(column)) for row in rows]
+
+def video_files(folder):
+    """Names of the video files in a folder and in its folders, linked ones too, but not in hidden
+    and system ones."""
+    def shown(name):
+        return not name.startswith(".") and name.lower() not in SYSTEM_FOLDERS
+
+    seen, names = set(), []
+    for here, folders, files in os.walk(folder, followlinks=True):
+        new = os.path.realpath(here) not in seen                # links may lead in circles
+        seen.add(os.path.realpath(here))
+        folders[:] = sorted(filter(shown, folders)) if new else []
+        names += [os.path.relpath(os.path.join(here, name), folder) for name in files
+                  if new and shown(name) and Path(name).suffix.lower() in SUFFIXES]
+    return sorted(names)
 
 def find_videos(folder):
     """What a folder offers: its layout's name and [(file name, caption or None), ...]. Layouts:
-    metadata.csv or metadata.jsonl; prompts.txt and videos.txt, line by line; or a .txt beside each
-    video, in folders inside the folder too."""
+    metadata.csv or metadata.jsonl, also one folder down; videos.txt and prompts.txt, line by line;
+    or a .txt beside each video, in folders inside the folder too."""
     folder = Path(folder)
-    for path in (folder / "metadata.csv", folder / "metadata.jsonl"):
-        if path.is_file():
-            return path.name, read_metadata(path)
-    if (folder / "prompts.txt").is_file() and (folder / "videos.txt").is_file():
-        names, texts = ([line.rstrip("\r\n") for line in open_text(folder / name)]
-                        for name in ("videos.txt", "prompts.txt"))
-        if len(names) != len(texts):
-            raise ValueError(f"{folder}: videos.txt has {len(names)} lines, prompts.txt has "
-                             f"{len(texts)}: one caption a video")
-        return "videos.txt and prompts.txt", list(zip(names, texts))
-    found = [(str(path.relative_to(folder)), open_text(text).read() if text.is_file() else None)
-             for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES
-             for text in [path.with_suffix(".txt")]]
-    if not found:
-        raise ValueError(f"{folder}: no videos in it, nor metadata.csv, metadata.jsonl, or "
-                         f"prompts.txt with videos.txt")
-    return "a .txt beside each video", found
+    texts = [name for name in CAPTION_FILES if (folder / name).is_file()]
+    tables = [*folder.glob("metadata.csv"), *folder.glob("metadata.jsonl")][:1] or \
+        sorted([*folder.glob("[!.]*/metadata.csv"), *folder.glob("[!.]*/metadata.jsonl")])
+    if tables:
+        layout = ", ".join(str(table.relative_to(folder)) for table in tables)
+        found = [(name and str(table.parent.relative_to(folder) / name), caption)
+                 for table in tables for name, caption in read_metadata(table)]
+    elif (folder / "videos.txt").is_file():
+        if not texts:
+            raise ValueError(f"{folder}: has videos.txt, but no prompts.txt with a caption a line")
+        names, captions = ([line.rstrip("\r\n") for line in open_text(folder / name)]
+                           for name in ("videos.txt", texts[0]))
+        if len(names) != len(captions):
+            raise ValueError(f"{folder}: videos.txt has {len(names)} lines, {texts[0]} has "
+                             f"{len(captions)}: one caption a video")
+        layout, found = f"videos.txt and {texts[0]}", zip(names, captions)
+    else:
+        layout, found = "a .txt beside each video", []
+        for name in video_files(folder):
+            text = (folder / name).with_suffix(".txt")
+            found.append((name, open_text(text).read() if text.is_file() else None))
+        if not found:
+            raise ValueError(f"{folder}: no videos in it, nor metadata.csv, metadata.jsonl, or "
+                             "prompts.txt with videos.txt")
+        if texts and not any(caption for _, caption in found):
+            raise ValueError(f"{folder}: has {texts[0]}, but no videos.txt with a file name a line")
+    return layout, [(name and os.path.normpath(name), caption) for name, caption in found]
+
+# ---------------------------------------------------------------- a video of a folder
+
+def video_seconds(path):
+    """How long a video file's picture is. ValueError: it cannot be decoded."""
+    seconds = video_header(path)["duration"]
+    before = ["-noaccurate_seek", "-ss", f"{max(0, seconds - .5):.2f}"]
+    if not seconds or not any(True for _ in open_video(path, "fps=4:start_time=0", before)):
+        frames, rate = frames_and_rate(path)    # the header counts longer sound, or is wrong
+        seconds = frames / rate
+    return seconds
 
 def examine(path, caption, preset, known):
     """{caption, stamp, frames at the preset's rate} of a video; or `known`, an earlier result, if
@@ -95,8 +137,6 @@ def examine(path, caption, preset, known):
         raise ValueError("no caption")
     if caption.encode(errors="ignore").decode() != caption:
         raise ValueError("its caption is not UTF-8")
-    if path.suffix.lower() not in SUFFIXES:
-        raise ValueError("not a video by its name")
     if not os.path.isfile(path):                # Path.is_file raises for a name that is too long
         raise ValueError("no such file")
     status = path.stat()
@@ -106,34 +146,36 @@ def examine(path, caption, preset, known):
         return known
     if not status.st_size:
         raise ValueError("an empty file")
-    try:
-        seconds = open_video(path)[0]["duration"] or count_frames_and_secs(str(path))[1]
-    except Exception:                           # whatever the decoder says of a broken file
-        raise ValueError("cannot be decoded") from None
+    seconds = video_seconds(path)
     frames = int(seconds * preset.fps + .1)
     if frames < preset.frames:
-        raise ValueError(f"too short: a clip takes {preset.frames} frames, {preset.fps} a second")
+        raise ValueError(f"too short: {seconds:.1f} s, a clip takes {preset.frames} frames, "
+                         f"{preset.fps} a second: {preset.frames / preset.fps:.1f} s")
     return {**entry, "frames": frames}
+
+def decode(path, first, frames, fps, size, before=()):
+    """What can be decoded of read_clip's frames, a list. before: ffmpeg's options."""
+    filters = (f"fps={fps}:round=up:start_time=0,tpad=stop=1:stop_mode=clone,format=rgb24,"
+               f"scale={size}:{size}:force_original_aspect_ratio=increase,crop={size}:{size}")
+    clip, shown = [], open_video(path, filters, before, ["-frames:v", str(first + frames)])
+    ffmpeg()                                    # its absence is no fault of the file
+    with contextlib.suppress(ValueError):
+        clip.extend(itertools.islice(shown, first, None))
+    return clip
 
 def read_clip(path, start, frames, fps, size):
     """(frames, 3, size, size) uint8: frame k is what the file shows at (start + k) / fps seconds,
     scaled, its middle square. ValueError where it cannot be decoded."""
-    # ffmpeg seeks two seconds ahead, to know what is shown at the start. Some decoders need the
-    # file's first frame, and show grey and green without it: then from the beginning
-    for lead, strict in ((min(start, 2 * fps), ["-xerror", "-err_detect", "explode"]), (start, [])):
-        filters = (f"fps={fps}:round=up,trim=start={max(0, lead - .5) / fps:.4f},"
-                   f"setpts=PTS-STARTPTS,tpad=stop=1:stop_mode=clone,format=rgb24,"
-                   f"scale={size}:{size}:force_original_aspect_ratio=increase,crop={size}:{size}")
-        video = []
-        with contextlib.suppress(Exception):    # whatever the decoder says of a broken file
-            video = list(open_video(
-                path, input_params=[*strict, "-ss", f"{(start - lead) / fps:.4f}"],
-                # -r, because `trim` forgets the rate up to ffmpeg 7.0
-                output_params=["-vf", filters, "-frames:v", str(frames), "-r", str(fps)])[1])
-        if len(video) == frames:
-            return torch.stack(video)
-    raise ValueError(f"{len(video)} of {frames} frames can be decoded from {start / fps:.1f} s on: "
-                     f"damaged, cut off, or has longer sound?")
+    # from the last key frame before the start; some decoders need the file's first frame, and show
+    # grey and green without it: then from the beginning
+    seek = ["-xerror", "-err_detect", "explode", "-noaccurate_seek", "-ss", f"{start / fps:.4f}"]
+    clip = decode(path, 0, frames, fps, size, seek if start else ())
+    if len(clip) < frames and start:
+        clip = decode(path, start, frames, fps, size)
+    if len(clip) < frames:
+        raise ValueError(f"{len(clip)} of {frames} frames can be decoded from {start / fps:.1f} s "
+                         "on: damaged or cut off?")
+    return torch.stack(clip)
 
 def print_skipped(reasons):
     """Prints {name: reason}: a line a reason, the most frequent first."""
@@ -148,6 +190,8 @@ def print_skipped(reasons):
 
 class Sprites:
     """The sprite world, endless: clip i is seed i, with its exact flow."""
+    example = "a red square moves left"
+
     def __init__(self, preset, clutter):
         self.preset, self.clutter = preset, clutter
 
@@ -171,22 +215,26 @@ class Sprites:
         return flow_to_rgb(flow.to(video.device), self.preset.sigma)
 
 class Folder:
-    """A folder of videos, their flow by RAFT. A key is (file name, first frame, file size): a file
-    of another size is another video. `listing`: the file in which it says what it found."""
-    def __init__(self, folder, preset, raft, listing, workers):
+    """A folder of videos. A key is (file name, first frame, file size): a file of another size is
+    another video. Their flow is RAFT's: of the first `limit` frames in all it is estimated once
+    and kept in files, with the frames. takes_all: whether clips beyond them are used too."""
+    def __init__(self, folder, preset, raft, out, workers, limit, takes_all):
         self.folder, self.preset, self.raft = Path(folder), preset, raft
+        self.cache, self.takes_all = Path(out) / "clips", takes_all
+        ffmpeg()
         if rank() == 0:
-            self.examine_all(Path(listing), workers)
+            self.examine_all(Path(out) / "videos.json", workers)
         barrier()
-        entries = read_json(Path(listing))
+        entries = read_json(Path(out) / "videos.json")
         self.videos = {name: entry for name, entry in entries.items() if "frames" in entry}
         if not self.videos:
             raise ValueError(f"{folder}: none of its {len(entries)} videos can be used")
-        # the TAE's training sees clips again
-        cached = functools.lru_cache(CACHE_BYTES // (preset.frames * 3 * preset.size ** 2))
-        self.read_cached, self.flow_cached = cached(self.read_one), cached(self.flow_of)
+        self.prepare(limit, workers)
         # hash order, so that the clips of added videos interleave
         self.order = sorted(self.keys(64), key=lambda key: zlib.crc32(repr(key).encode()))
+        if not self.order:
+            raise ValueError(f"{folder}: none of its videos can be decoded")
+        self.example = self.videos[self.order[0][0]]["caption"]
 
     def examine_all(self, path, workers):
         """Writes {name: {caption, stamp, frames} or {reason}}; opens what has changed alone."""
@@ -207,10 +255,8 @@ class Folder:
                 elif name in listing:
                     name, one = f"{name} (row {row})", {"reason": "listed twice"}
                 listing[name] = one
-        listed = {os.path.normpath(self.folder / name) for name, _ in found}
-        for other in sorted(self.folder.rglob("*")):
-            if other.suffix.lower() in SUFFIXES and os.path.normpath(other) not in listed:
-                listing[str(other.relative_to(self.folder))] = {"reason": f"not in {layout}"}
+        for other in set(video_files(self.folder)) - {name for name, _ in found}:
+            listing[other] = {"reason": f"not in {layout}"}
         write_text(path, json.dumps(listing, indent=1))
         used = [one for one in listing.values() if "frames" in one]
         print0(f"{self.folder}: {len(listing)} videos ({layout}), {len(used)} used, "
@@ -218,13 +264,50 @@ class Folder:
                f"{len(listing) - len(used)} skipped")
         print_skipped({name: one["reason"] for name, one in listing.items() if "reason" in one})
 
+    def prepare(self, limit, workers):
+        """Writes the frames and the RGB flow of the videos' beginnings, `limit` frames in all at
+        most, and opens them: {name: (2, n, 3, size, size) uint8}."""
+        T, S, fps = self.preset.frames, self.preset.size, self.preset.fps
+        names = sorted(self.videos, key=lambda name: zlib.crc32(os.fsencode(name)))
+        names = names[:max(1, limit // T)]
+        share = {name: min(self.videos[name]["frames"], max(T, limit // len(names)))
+                 for name in names}
+        paths = {name: self.cache / (hashlib.md5(repr(
+            (name, self.videos[name]["stamp"], n, S)).encode()).hexdigest() + ".npy")
+            for name, n in share.items()}
+        missing = [name for name in names if not paths[name].exists()][rank()::world_size()]
+        barrier()                               # all have looked before any is made
+        self.cache.mkdir(exist_ok=True)
+        read = Prefetcher(lambda name: decode(self.folder / name, 0, share[name], fps, S), missing,
+                          workers)
+        with tqdm(total=sum(map(share.get, missing)), desc="flow of the videos", unit="frame",
+                  disable=rank() > 0 or not missing) as bar:
+            for name, video in zip(missing, read):
+                rgb = []
+                for _, _, flow in stream_flow(self.raft, (frame / 255 for frame in video)):
+                    rgb.append((flow_to_rgb(flow, self.preset.sigma) * 255).round().byte().cpu())
+                    bar.update()
+                if len(video) >= T:
+                    both = torch.stack([torch.stack(video), torch.stack([*rgb, rgb[-1]])])
+                    write_file(paths[name], lambda temporary: np.save(temporary, both.numpy()))
+        barrier()
+        self.prepared = {name: np.load(path, mmap_mode="r") for name, path in paths.items()
+                         if path.exists()}
+        done, of = (sum(frames) / fps for frames in (
+            (both.shape[1] for both in self.prepared.values()),
+            (video["frames"] for video in self.videos.values())))
+        if done < of and not self.takes_all:
+            print0(f"{done:.0f} of {of:.0f} s are used, of {len(self.prepared)} of "
+                   f"{len(self.videos)} videos: --prepare takes more than {limit} frames")
+
     def keys(self, n):
         """n clips of each video, or all there are, at random offsets."""
         keys = []
         for name, video in self.videos.items():
-            room = video["frames"] - self.preset.frames + 1
-            starts = np.random.default_rng(zlib.crc32(os.fsencode(name))).permutation(room)[:n]
-            keys += [(name, int(start), video["stamp"][0]) for start in starts]
+            frames = self.prepared[name].shape[1] if name in self.prepared else 0
+            room = (video["frames"] if self.takes_all else frames) - self.preset.frames + 1
+            starts = np.random.default_rng(zlib.crc32(os.fsencode(name))).permutation(max(0, room))
+            keys += [(name, int(start), video["stamp"][0]) for start in starts[:n]]
         return keys
 
     def caption(self, key, old):
@@ -232,46 +315,48 @@ class Folder:
         video = self.videos.get(name)
         return video["caption"] if video and video["stamp"][0] == size else None
 
-    def read_one(self, key):
-        name, start, _ = key
-        return read_clip(self.folder / name, start, self.preset.frames, self.preset.fps,
-                         self.preset.size)
-
-    def flow_of(self, key):
-        return (self.motion(self.read_cached(key)[None] / 255)[0] * 255).round().byte().cpu()
+    def clip(self, key):
+        """A clip's frames (T, 3, size, size) uint8; its motion, or None; its caption. ValueError:
+        it cannot be decoded."""
+        (name, start, _), T = key, self.preset.frames
+        video, motion, caption = None, None, self.videos[name]["caption"]
+        if name in self.prepared and start + T <= self.prepared[name].shape[1]:
+            video, motion = torch.from_numpy(self.prepared[name][:, start:start + T].copy())
+            motion[-1] = motion[-2]             # as of every clip, the last flow is repeated
+        else:
+            video = read_clip(self.folder / name, start, T, self.preset.fps, self.preset.size)
+        return video, motion, caption
 
     def read(self, keys):
-        videos, captions, skipped = [], [], {}
+        clips, skipped = [], {}
         for key in map(tuple, keys):
             try:
-                videos.append(self.read_one(key))
-                captions.append(self.videos[key[0]]["caption"])
+                clips.append(self.clip(key))
             except ValueError as error:
                 skipped[key] = str(error)
         shape = self.preset.frames, 3, self.preset.size, self.preset.size
-        video = torch.stack(videos) / 255 if videos else torch.zeros(0, *shape)
-        return video, captions, None, skipped
+        videos, motions, captions = zip(*clips) if clips else ([torch.zeros(0, *shape)], [], [])
+        return torch.stack(videos) / 255, list(captions), motions, skipped
 
     def training(self, indices):
         """As `read`; where a clip cannot be decoded, the next one that can stands in."""
         def first(i):
             for k in range(len(self.order)):
-                key = self.order[(i + k) % len(self.order)]
                 with contextlib.suppress(ValueError):
-                    return key, self.read_cached(key)
+                    return self.clip(self.order[(i + k) % len(self.order)])
             raise ValueError(f"{self.folder}: none of its videos can be decoded")
 
-        keys, videos = zip(*map(first, indices))
-        return torch.stack(videos) / 255, [self.videos[key[0]]["caption"] for key in keys], keys, {}
+        videos, motions, captions = zip(*map(first, indices))
+        return torch.stack(videos) / 255, list(captions), motions, {}
 
     def held_out(self, n):                      # few videos: previews show clips of the training
         return self.training(range(n))
 
-    def motion(self, video, keys=None):
-        """The flow of clips from `training`, which have keys, is cached."""
-        if keys is None:
-            return flow_to_rgb(estimate_flow(self.raft, video), self.preset.sigma)
-        return torch.stack([self.flow_cached(key) for key in keys]).to(video.device) / 255
+    def motion(self, video, motions):
+        return torch.stack([
+            flow_to_rgb(estimate_flow(self.raft, clip[None]), self.preset.sigma)[0]
+            if motion is None else motion.to(video.device) / 255
+            for clip, motion in zip(video, motions)])
 
 # ---------------------------------------------------------------- latents, prefetching
 
@@ -280,12 +365,14 @@ class Latents:
     are the dataset's of now; clips whose video is gone or has changed are left out."""
     def __init__(self, folder, dataset):
         self.folder, self.captions, self.places, self.skipped = folder, [], [], {}
+        self.changed = 0                        # captions that are not encode's any more
         self.shards = sorted(path.stem for path in folder.glob("[0-9]*.json"))
         for shard in self.shards:
             content = read_json(folder / f"{shard}.json", "keys", "captions", "skipped")
             self.skipped |= content["skipped"]
             for row, old in enumerate(zip(content["keys"], content["captions"])):
                 if (caption := dataset.caption(*old)) is not None:
+                    self.changed += caption != old[1]
                     self.captions.append(caption)
                     self.places.append((shard, row))
         self.open = functools.lru_cache(512)(self.open)         # each keeps a file open

@@ -8,6 +8,7 @@ repeated, so that flow and video have the same length.
 """
 import itertools
 import math
+import os
 from collections import OrderedDict
 from pathlib import Path
 
@@ -17,8 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from common import (ROOT, Parser, autocast, device_of, one_line, open_video, read_tensors,
-                    report_errors, write_file, write_mp4)
+from common import (ROOT, Parser, autocast, device_of, frames_and_rate, one_line, open_video,
+                    read_tensors, report_errors, write_file, write_mp4)
 
 # ---------------------------------------------------------------- Sec. 4.2: flow as RGB (Eq. 5)
 
@@ -207,8 +208,9 @@ class RAFT(nn.Module):
 
     @staticmethod
     def layout(H, W):
-        """The size that frames are enlarged to, and their padding (left, right, top, bottom)."""
+        """The size that frames are scaled to, and their padding (left, right, top, bottom)."""
         scale = max(1, min(4, 256 / min(H, W)))     # motion far below a cell (8 px) is hard to see
+        scale = min(scale, math.sqrt(2 ** 19 / (H * W)))    # correlations grow as (H W)^2
         h, w = round(H * scale), round(W * scale)
         # whole cells, 16 at least, so that the pyramid's last level has 2
         extra_h, extra_w = (max(128, math.ceil(side / 8) * 8) - side for side in (h, w))
@@ -278,56 +280,60 @@ def estimate_flow(raft, video, iters=12):
             flow[-1] = flow[-2]
     return result
 
+def stream_flow(raft, frames, chunk=16):
+    """Frames (3, H, W) in [0, 1], one by one -> (frame, the next one, flow (2, H, W) between them),
+    one by one, so that a video may have any length: `chunk` frames are in memory at once."""
+    piece = []
+    for frame in itertools.chain(frames, [None]):
+        if frame is not None:
+            piece.append(frame)
+        if len(piece) > 1 and (frame is None or len(piece) > chunk):
+            flow = estimate_flow(raft, torch.stack(piece)[None])[0]
+            yield from zip(piece, piece[1:], flow)
+            piece = piece[-1:]
+
 # ---------------------------------------------------------------- the flow of a video file
 
-def render_flow(raft, path, chunk=16):
-    """Writes the flow of a video beside it, as NAME-flow.mp4 (Eq. 5), and prints how large it is.
-    `chunk` frames are in memory at once, so a video may have any length."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+def render_flow(raft, path, target, chunk=16):
+    """Writes the flow of a video (Eq. 5) as a video, and prints how large it is."""
     try:
-        meta, decoded = open_video(path)
-    except Exception:                           # whatever the decoder says of other files
-        raise ValueError(f"{path}: not a video that can be read") from None
-    target, speeds = path.with_name(f"{path.stem}-flow.mp4"), []        # (mean, largest) of frames
+        count, fps = frames_and_rate(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if count < 2:
+        raise ValueError(f"{path}: flow needs two frames at least, the video has {count}")
+    speeds = []                                 # (mean, largest) of each frame
 
     def rgb_frames():
-        frames = []
-        for frame in itertools.chain(decoded, [None]):
-            if frame is not None:
-                frames.append(frame / 255)
-            if len(frames) > 1 and (frame is None or len(frames) > chunk):
-                flow = estimate_flow(raft, torch.stack(frames)[None])[0, :-1].cpu()
-                size = flow.norm(dim=1).flatten(1)
-                speeds.extend(zip(size.mean(1).tolist(), size.amax(1).tolist()))
-                rgb = (flow_to_rgb(flow) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-                yield from rgb
-                bar.update(len(flow))
-                frames = frames[-1:]
-        if not speeds:
-            raise ValueError(f"{path}: flow needs two frames at least, the video has {len(frames)}")
-        yield rgb[-1]                           # the last one is repeated
+        flows = stream_flow(raft, (frame / 255 for frame in open_video(path)), chunk)
+        for _, _, flow in tqdm(flows, "estimating", count - 1, unit="pair"):
+            size = flow.norm(dim=0)
+            speeds.append((size.mean().item(), size.max().item()))
+            rgb = (flow_to_rgb(flow) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+            yield rgb
+        yield rgb                               # the last one is repeated
 
-    with tqdm(total=max(1, round(meta["duration"] * meta["fps"]) - 1), desc="estimating",
-              unit="pair") as bar:
-        write_file(target, lambda temporary: write_mp4(
-            temporary, rgb_frames(), meta["fps"], lambda: len(speeds) + 1))
+    write_file(target, lambda temporary: write_mp4(
+        temporary, rgb_frames(), fps, lambda: len(speeds) + 1))
     mean, largest = np.mean(speeds, 0)[0], np.max(speeds, 0)[1]
     print(f"{target}: mean {mean:.3f} px, largest {largest:.2f} px a frame")
 
 def main():
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("video", nargs="?", help="write its flow beside it")
+    parser.add_argument("video", nargs="?", type=Path, help="a video file")
+    parser.add_argument("--out", type=Path, help=".mp4 to write (default: VIDEO-flow.mp4)")
     parser.add_argument("--weights", default=ROOT / "weights/raft.pt",
                         help="RAFT-small's weights (default: weights/raft.pt)")
     parser.add_argument("--train", action="store_true", help="moved to train.py --stage raft")
     args = parser.parse_args()
     if args.train:
         raise ValueError("RAFT is trained by python train.py --stage raft")
-    if not args.video:
-        raise ValueError("no video: python flow.py video.mp4")
-    render_flow(RAFT.load(args.weights).to(device_of(None)), args.video)
+    if not args.video or not args.video.is_file():
+        raise ValueError(f"{args.video or 'no video'}: no such file")
+    target = args.out or args.video.with_name(f"{args.video.stem}-flow.mp4")
+    if target.suffix.lower() != ".mp4" or not os.access(target.parent, os.W_OK):
+        raise ValueError(f"{target}: cannot be written, --out names a .mp4 in a folder that can")
+    render_flow(RAFT.load(args.weights).to(device_of(None)), args.video, target)
 
 if __name__ == "__main__":
     report_errors(main)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from flow import estimate_flow
+from flow import estimate_flow, stream_flow
 from synthetic import (COLOURS, DIRECTIONS, HELD_OUT, SHAPES, TRAVEL, TURNS, bouncing,
                        signed_distance, sprite_clips, sprite_scene)
 
@@ -239,28 +239,30 @@ def warp(image, flow):
     return F.grid_sample(image, at, padding_mode="border", align_corners=True)
 
 def vbench(video, fps, raft):
-    """VBench's motion metrics of a video (T, 3, H, W) in [0, 1], by its formulas.
+    """VBench's motion metrics, by its formulas, of a video: frames (3, H, W) in [0, 1] that can be
+    gone through several times, a tensor for example.
 
     dynamic: dynamic_degree, by RAFT-small; flicker: temporal_flickering; smooth: motion_smoothness,
     but odd frames are interpolated by RAFT's flow, not by AMT, so only its order compares with
     VBench's. None where a video is too short."""
-    def flow_of(frames):
-        return estimate_flow(raft, frames[None])[0, :-1]
+    def every(n, start=0):
+        return itertools.islice(video, start, None, n)
 
-    some, even = video[::max(1, round(fps / 8))], video[::2]
-    H, W = video.shape[-2:]
-    dynamic = flicker = smooth = None
-    if len(some) > 1:
-        size = flow_of(some).norm(dim=1).flatten(1)
-        top = size.topk(max(1, int(.05 * H * W)), 1).values.mean(1)
-        dynamic = bool((top > 6 * min(H, W) / 256).sum() >= round(4 * len(some) / 16))
-    if len(video) > 1:
-        flicker = 1 - (video[1:] - video[:-1]).abs().mean().item()
-    if len(even) > 1:                   # halfway between two even frames, from both sides
-        ahead, back = flow_of(even), flow_of(even.flip(0)).flip(0)
-        middle = (warp(even[:-1], -ahead / 2) + warp(even[1:], -back / 2)) / 2
-        smooth = 1 - (video[1::2][:len(middle)] - middle).abs().mean().item()
-    return {"dynamic": dynamic, "flicker": flicker, "smooth": smooth}
+    flicker = [1 - (after - before).abs().mean().item()
+               for before, after in itertools.pairwise(video)]
+    fast, smooth = [], []
+    for frame, _, flow in stream_flow(raft, every(max(1, round(fps / 8)))):
+        size = flow.norm(dim=0).flatten()
+        top = size.topk(max(1, int(.05 * len(size)))).values.mean()
+        fast.append((top > 6 * min(frame.shape[1:]) / 256).item())
+    # halfway between two even frames, from both sides
+    for (first, second, ahead), odd in zip(stream_flow(raft, every(2), 4), every(2, 1)):
+        back = estimate_flow(raft, torch.stack([second, first])[None])[0, 0]
+        middle = (warp(first[None], -ahead[None] / 2) + warp(second[None], -back[None] / 2)) / 2
+        smooth.append(1 - (odd - middle[0]).abs().mean().item())
+    return {"dynamic": sum(fast) >= round(4 * (len(fast) + 1) / 16) if fast else None,
+            "flicker": np.mean(flicker) if flicker else None,
+            "smooth": np.mean(smooth) if smooth else None}
 
 VBENCH = {"dynamic": "dynamic degree %", "flicker": "temporal flickering %",
           "smooth": "motion smoothness %"}

@@ -16,8 +16,10 @@ from pathlib import Path
 
 import torch
 
-from common import (Parser, device_of, file_stem, grid, positive_int, read_lines, report_errors,
-                    seed, truncate, write_video)
+from common import (Parser, device_of, file_stem, grid, positive_int, read_json, read_lines,
+                    report_errors, seed, truncate, write_video)
+from data import Sprites
+from synthetic import sprite_scene
 from videojam import GUIDANCE, WITHOUT_MOTION, VideoJAM, weights_path
 
 def parse():
@@ -53,6 +55,22 @@ def read_prompts(args):
     if any("\ud800" <= character <= "\udfff" for character in "".join(prompts)):
         raise ValueError("a prompt is not UTF-8")
     return prompts
+
+def print_hints(run, prompts, max_bytes):
+    """Says what a model cannot know of some prompts: words, or what is beyond max_bytes."""
+    captions, listing = [], Path(run or "", "videos.json")
+    if run and listing.is_file():
+        captions = [entry["caption"] for entry in read_json(listing).values() if "frames" in entry]
+    elif not run or Path(run, "settings.json").is_file():
+        captions = [Sprites.example, *(sprite_scene(i, 2, .5)["caption"] for i in range(300))]
+    words = set(re.findall(r"\w+", " ".join(captions).lower()))
+    for prompt in prompts:
+        unknown = [word for word in re.findall(r"\w+", prompt.lower()) if word not in words]
+        if captions and unknown:
+            print(f"{prompt!r}: the model does not know {', '.join(unknown)}, it has learned from "
+                  f"captions such as {captions[0]!r}")
+        if (kept := truncate(prompt, max_bytes)) != prompt:
+            print(f"the model reads {max_bytes} bytes of a prompt: {kept!r}")
 
 def output_files(args, prompts):
     """A path for each sample, --n of each prompt. Makes their folder."""
@@ -90,9 +108,7 @@ def main():
     if args.motion and not model.dit.config.motion:
         raise ValueError(f"--motion: the {args.which} model predicts no motion")
     files = output_files(args, prompts)
-    for prompt in prompts:
-        if (kept := truncate(prompt, model.config.dit.max_bytes)) != prompt:
-            print(f"the model reads {model.config.dit.max_bytes} bytes of a prompt: {kept!r}")
+    print_hints(args.run, prompts, model.config.dit.max_bytes)
     began, prompts = time.time(), [prompt for prompt in prompts for _ in range(args.n)]
     for start in range(0, len(prompts), 16):            # written as they are made
         some = prompts[start:start + 16]

@@ -23,6 +23,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -113,7 +114,7 @@ class Run:
         self.autocast = functools.partial(autocast, args.device, args.precision)
         self.preset = dataclasses.replace(PRESETS[args.preset], sigma=args.sigma)
         self.stages, self.given = [args.stage] if args.stage else STAGES, {}    # DiTs of --init
-        self.settings = {"version": VERSION, "preset": args.preset, "data": args.data,
+        self.settings = {"version": VERSION, "preset": args.preset, "data": bool(args.data),
                          "clutter": args.clutter, "seed": args.seed,
                          **json.loads(json.dumps(dataclasses.asdict(self.preset)))}
 
@@ -161,8 +162,8 @@ class Run:
         """Read only when a stage needs it."""
         args = self.args
         if args.data:
-            return Folder(args.data, self.preset, RAFT.load().to(self.device),
-                          self.out / "videos.json", args.workers)
+            return Folder(args.data, self.preset, RAFT.load().to(self.device), self.out,
+                          args.workers, args.prepare, self.device.type != "cpu")
         return Sprites(self.preset, args.clutter)
 
     def hyperparameters(self, stage):
@@ -269,7 +270,8 @@ class Run:
             which = next(iter(dits))
             VideoJAM(self.preset, self.tae(), dits.pop(which), which).save(
                 self.out / "model.pt", **dits)
-            print0(f"python sample.py --run {self.out} --which {which} \"a red square moves left\"")
+            print0(f"python sample.py --run {self.out} --which {which} "
+                   + shlex.quote(self.dataset.example))
         barrier()
 
 # ---------------------------------------------------------------- on one GPU or many
@@ -533,13 +535,18 @@ def train_tae(run):
 # ---------------------------------------------------------------- stage encode
 
 def update_manifest(run, clips):
-    """Assigns clips to shards, {"shards": [[key, ...], ...]}: new clips come in new shards."""
+    """Assigns clips to shards, {"clips": as many (of each video), "shards": [[key, ...], ...]}; new
+    clips come in new shards."""
     path = run.out / "latents/manifest.json"
     shards = read_json(path, "shards")["shards"] if path.exists() else []
-    known = {json.dumps(key) for shard in shards for key in shard}
-    new = [key for key in run.dataset.keys(clips) if json.dumps(key) not in known]
+    new = new_clips(run, clips, shards)
     shards += [new[i:i + SHARD] for i in range(0, len(new), SHARD)]
-    write_text(path, json.dumps({"shards": shards}))
+    write_text(path, json.dumps({"clips": clips, "shards": shards}))
+
+def new_clips(run, clips, shards):
+    """Keys of the dataset's clips that are in no shard."""
+    known = {json.dumps(key) for shard in shards for key in shard}
+    return [key for key in run.dataset.keys(clips) if json.dumps(key) not in known]
 
 def encode_shard(run, tae, path, batches):
     """Writes path.x.npy, path.d.npy and path.json of one shard, from (keys, what was read)."""
@@ -690,12 +697,16 @@ class DiTStage:
 def finished_latents(run):
     """The run's latents. ValueError if there are none, not all yet, or of another TAE."""
     latents, manifest = Latents(run.out / "latents", run.dataset), run.out / "latents/manifest.json"
-    done, count = len(latents.shards), "all"
+    done, count, new = len(latents.shards), "all", []
     if manifest.exists():
-        count = len(read_json(manifest, "shards")["shards"])
+        content = read_json(manifest, "clips", "shards")
+        count, new = len(content["shards"]), new_clips(run, content["clips"], content["shards"])
     if done != count or not latents.captions:
         raise ValueError(f"{run.out}: has {done} of {count} shards of latents, run --stage encode "
                          "first")
+    if latents.changed or new:
+        print0(f"since encode the captions of {latents.changed} clips have changed, they are taken "
+               f"as they are now; {len(new)} clips are new, --stage encode takes them in")
     return latents
 
 # ---------------------------------------------------------------- stage raft
@@ -813,6 +824,8 @@ def parse():
     flag("--motion-dropout", type=fraction, default=.2, help="jam: share of samples without motion")
     flag("--sigma", type=positive, default=.15, help="of Eq. 5")
     flag("--seed", type=seed, default=0)
+    flag("--prepare", type=positive_int, metavar="FRAMES", help="own videos: flow of so many frames "
+         "is estimated first (default: 2400 on a CPU, which uses no others; 20000 on a GPU)")
     flag("--workers", type=positive_int, default=4, help="threads that load data")
     flag("--device", help="default: a GPU if there is one")
     flag("--precision", choices=("bf16", "fp32"), help="default: bf16 where that is fast")
@@ -833,6 +846,7 @@ def parse():
                       None: fast_dtype(args.device)}[args.precision]
     # a toy's few latents are decided before t = .1, of which logit-normal samples only 1.4%
     defaults = {"uniform_t": toy, "t_shift": 3. if toy else 1., "compile": can_compile(args.device),
+                "prepare": 2_400 if args.device.type == "cpu" else 20_000,
                 "out": f"runs/{'raft' if raft else Path(args.data or args.preset).name}",
                 "activation_checkpointing": needs_checkpointing(PRESETS[args.preset])}
     for name, value in defaults.items():

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)            # tiny tensors: more threads only wait for each other
 
-from common import report_errors                                                    # noqa: E402
+from common import ffmpeg, report_errors                                                    # noqa: E402
 from videojam import TAE, DiT, DiTConfig, Preset, TAEConfig, VideoJAM               # noqa: E402
 
 def pytest_configure(config):
@@ -98,6 +98,11 @@ def ramp(frames, height=32, width=32):
 def write_clip(path, frames, fps):
     iio.imwrite(path, frames, plugin="FFMPEG", fps=fps, macro_block_size=2,
                 output_params=["-crf", "1"])
+
+def make(path, *options):
+    """A video by ffmpeg, from a source that it draws."""
+    subprocess.run([ffmpeg(), "-loglevel", "error", "-f", "lavfi", "-i", *options, path], check=True)
+    return path
 
 # ---------------------------------------------------------------- runs of train.py
 

@@ -9,8 +9,8 @@ import torch
 import bench
 import metrics
 import sample
-from common import write_video
-from conftest import ROOT
+from common import open_video, write_video
+from conftest import ROOT, make
 from metrics import cell
 from videojam import VideoJAM
 
@@ -82,7 +82,7 @@ def test_folders_of_samples_are_measured_and_rated(model_folder, run, tmp_path, 
     assert f"| {cell(means, 100)} |" in line
     sizes, measure = set(), bench.vbench
     monkeypatch.setattr(bench, "vbench", lambda video, *rest: (
-        sizes.add(tuple(video.shape[1:])), measure(video, *rest))[1])
+        sizes.update(tuple(frame.shape) for frame in video), measure(video, *rest))[1])
     code, said, err = run(bench.main, "metrics", tmp_path / "a", "--size", 40)
     assert not code and "5 videos of 2 prompts, resized to 40 px, 1 skipped" in said, err
     assert sizes == {(3, 40, 40)}
@@ -98,6 +98,19 @@ def test_folders_of_samples_are_measured_and_rated(model_folder, run, tmp_path, 
     (tmp_path / "empty").mkdir()
     assert "no videos" in refuses(bench.main, "metrics", tmp_path / "empty")
     assert "no videos" in refuses(bench.main, "rate", tmp_path / "a", tmp_path / "missing")
+
+def test_metrics_of_a_file_are_those_of_its_frames_in_its_own_rate(tmp_path, run):
+    """16 frames in 1.2 s, which the header calls 23 a second."""
+    folder = tmp_path / "a"
+    folder.mkdir()
+    make(folder / "v-0.mp4", "testsrc2=s=64x64:r=30:d=1.2,select='lt(n,12)+not(mod(n,6))'",
+         "-fps_mode", "passthrough", "-enc_time_base", "1/1000", "-pix_fmt", "yuv420p", "-crf", "1")
+    code, said, err = run(bench.main, "metrics", folder, "--out", tmp_path / "out")
+    (row,) = json.loads((tmp_path / "out/results.json").read_text())["metrics"]["videos"].values()
+    video = torch.stack(list(open_video(folder / "v-0.mp4"))) / 255
+    assert not code and len(video) == 16, err
+    assert row == pytest.approx(metrics.vbench(video, 16 / 1.2, bench.RAFT.load()))
+    assert row["flicker"] == pytest.approx(.975, abs=.001)
 
 def test_votes_become_shares_with_intervals_and_agreement(run, tmp_path, refuses):
     def ballot(name, choices, a="A"):

@@ -2,16 +2,21 @@
 import dataclasses
 import json
 import os
+import shutil
+import subprocess
 import time
 
 import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, ramp, write_clip
+from conftest import ROOT, TINY, make, ramp, write_clip
 
+import common
 import data
+import flow
 import train
+from common import ffmpeg, open_video
 from data import Folder, Latents, Prefetcher, Sprites, read_clip
 from flow import RAFT, rgb_to_flow
 from synthetic import HELD_OUT, sprite_clips
@@ -22,7 +27,8 @@ CLIPS = ROOT.parent / "shared/clips"
 def brightness_as_motion(monkeypatch):
     """Motion without RAFT: fast, and another one for every clip."""
     monkeypatch.setattr(RAFT, "load", classmethod(lambda cls: torch.nn.Identity()))
-    monkeypatch.setattr(data, "estimate_flow", lambda raft, video: video[:, :, :2] - .5)
+    for module in (data, flow):
+        monkeypatch.setattr(module, "estimate_flow", lambda raft, video: video[:, :, :2] - .5)
 
 @pytest.fixture
 def folder(tmp_path):
@@ -39,9 +45,9 @@ def captioned(folder):
     (folder / "inside/b.txt").write_text("b")
     return folder
 
-def opened(folder, out, preset=TINY):
+def opened(folder, out, preset=TINY, limit=2400, takes_all=False):
     out.mkdir(exist_ok=True)
-    return Folder(folder, preset, None, out / "videos.json", 2)
+    return Folder(folder, preset, None, out, 2, limit, takes_all)
 
 # ---------------------------------------------------------------- reading clips
 
@@ -72,7 +78,7 @@ def test_read_clip_refuses_what_cannot_be_decoded(tmp_path):
 
 @pytest.mark.skipif(not CLIPS.is_dir(), reason="the real clips are not part of the project")
 def test_real_clips_are_read_to_their_end(tmp_path):
-    dataset = opened(CLIPS, tmp_path)
+    dataset = opened(CLIPS, tmp_path, limit=15)
     seconds = {"cityCC0.mpg": 190 / 25, "bikes.mp4": 250 / 25, "cockatoo.mp4": 280 / 20}
     assert dataset.videos.keys() == seconds.keys()
     for name, video in dataset.videos.items():
@@ -101,14 +107,16 @@ def test_every_layout_gives_the_same_clips(folder, tmp_path, layout, capfd):
     keys = dataset.keys(100)
     assert len(keys) == 8 + 8 and len(set(keys)) == 16 and set(keys) == set(dataset.order)
     assert set(dataset.keys(3)) < set(keys) and len(dataset.keys(3)) == 6
-    video, captions, _, skipped = dataset.read(keys)
-    motion = dataset.motion(video)
+    video, captions, motions, skipped = dataset.read(keys)
+    motion = dataset.motion(video, motions)
     assert video.shape == motion.shape == (16, 5, 3, 16, 16) and not skipped
     assert captions == ["one, with a comma"] * 8 + ["é"] * 8
-    for (name, start, _), clip, flow in zip(keys, video, motion):
+    for (name, start, _), clip, rgb in zip(keys, video, motion):
         frames = (2 if name.endswith("b.mp4") else 1) * (start + torch.arange(5.))
         torch.testing.assert_close(clip.mean((1, 2, 3)) * 255, 8 * frames, atol=3, rtol=0)
-        torch.testing.assert_close(rgb_to_flow(flow)[:, 0], clip[:, 0] - .5, atol=.05, rtol=0)
+        seen = rgb_to_flow(rgb)[:, 0]
+        torch.testing.assert_close(seen[:-1], clip[:-1, 0] - .5, atol=.05, rtol=0)
+        assert torch.equal(seen[-1], seen[-2])
 
 def test_files_of_other_editors_and_names_of_any_bytes_are_read(folder, tmp_path, capfd):
     """A byte-order mark, a name that is not UTF-8, one longer than a file's can be; two lines."""
@@ -119,7 +127,7 @@ def test_files_of_other_editors_and_names_of_any_bytes_are_read(folder, tmp_path
                                           + b"long" * 100 + b".mp4,two\n")
     dataset = opened(folder, tmp_path / "run")
     assert [(key[0], dataset.caption(key, None)) for key in dataset.keys(1)] == [
-        (f"./{name}", "one two")]
+        (name, "one two")]
     printed = "".join(capfd.readouterr())
     assert "skipped 1: no such file" in printed
     assert "skipped 1: not in metadata.csv: inside/b.mp4" in printed
@@ -155,9 +163,9 @@ def test_every_video_is_used_or_skipped_with_its_reason(folder, tmp_path, capfd)
     assert not dataset.read(dataset.keys(2))[3]
 
 def test_only_changed_videos_are_opened_again(captioned, tmp_path, monkeypatch):
-    opened_now, original = [], data.open_video
-    monkeypatch.setattr(data, "open_video", lambda path, **options: (
-        opened_now.append(os.path.basename(path)), original(path, **options))[1])
+    opened_now, original = [], data.video_seconds
+    monkeypatch.setattr(data, "video_seconds", lambda path: (
+        opened_now.append(os.path.basename(path)), original(path))[1])
     first = opened(captioned, tmp_path / "run").videos
     assert sorted(opened_now) == ["a.mp4", "b.mp4"] and len(first) == 2
     write_clip(captioned / "a.mp4", ramp(13), 8)
@@ -168,28 +176,34 @@ def test_only_changed_videos_are_opened_again(captioned, tmp_path, monkeypatch):
     assert [slow[name]["frames"] for name in ("a.mp4", "inside/b.mp4")] == [6, 6]
 
 def test_training_replaces_a_video_that_breaks_off(captioned, tmp_path, monkeypatch):
-    original = data.read_clip
-
-    def breaks_off(path, *rest):
-        if path.name == "a.mp4":
-            raise ValueError("2 of 5 frames can be decoded")
-        return original(path, *rest)
-
-    monkeypatch.setattr(data, "read_clip", breaks_off)
-    dataset = opened(captioned, tmp_path / "run")
-    video, captions, _, _ = dataset.training(range(20))
-    assert len(video) == 20 and set(captions) == {"b"}
+    original = data.decode
+    monkeypatch.setattr(data, "decode", lambda path, first, frames, *rest: original(
+        path, first, frames, *rest)[:2 if path.name == "a.mp4" else frames])
+    dataset = opened(captioned, tmp_path / "run", takes_all=True)
+    video, captions, _, _ = dataset.training(range(8))
+    assert len(video) == 8 and set(captions) == {"b"}
     video, captions, _, skipped = dataset.read(dataset.keys(2))
-    assert captions == ["b", "b"] and set(skipped.values()) == {"2 of 5 frames can be decoded"}
+    assert captions == ["b", "b"]
+    assert all("2 of 5 frames can be decoded" in reason for reason in skipped.values())
 
-def test_flow_is_cached_for_fewer_clips_than_a_batch_has(captioned, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "CACHE_BYTES", 3 * 5 * 3 * 16 * 16)
-    dataset = opened(captioned, tmp_path / "run")
-    assert dataset.flow_cached.cache_info().maxsize == 3
-    for indices in ([0, 1, 2, 3, 4, 5], [5, 0, 6, 7], [5, 5]):
-        video, _, keys, _ = dataset.training(indices)
-        torch.testing.assert_close(dataset.motion(video, keys), dataset.motion(video), atol=.01,
-                                   rtol=0)
+def test_flow_is_estimated_once_and_for_as_many_frames_as_are_asked_for(captioned, tmp_path, capfd,
+                                                                        monkeypatch):
+    some = opened(captioned, tmp_path / "run", limit=16)        # 8 frames of either
+    assert "2 of 3 s are used, of 2 of 2 videos: --prepare takes more" in capfd.readouterr().out
+    assert len(some.keys(64)) == 2 * 4 and some.order == sorted(
+        some.keys(64), key=lambda key: some.order.index(key))
+    every = opened(captioned, tmp_path / "run", limit=16, takes_all=True)
+    keys = every.keys(64)
+    assert len(keys) == 2 * 8
+    video, _, motions, _ = every.read(keys)
+    assert [motion is None for motion in motions] == [start > 3 for _, start, _ in keys]
+    whole, _, prepared, _ = opened(captioned, tmp_path / "other", limit=99).read(keys)
+    assert torch.equal(video, whole)
+    torch.testing.assert_close(every.motion(video, motions)[:, :-1],
+                               some.motion(whole, prepared)[:, :-1], atol=.003, rtol=0)
+    monkeypatch.setattr(data, "stream_flow", None)              # none of it twice
+    again = opened(captioned, tmp_path / "run", limit=16)
+    assert torch.equal(torch.stack(again.read(some.order)[2]), torch.stack(some.read(some.order)[2]))
 
 @pytest.mark.parametrize("files, complaint", [
     ({"metadata.csv": ""}, "needs rows with file_name and one of text, caption, prompt"),
@@ -211,6 +225,106 @@ def test_a_folder_without_clips_is_refused(folder, tmp_path, files, complaint):
 def test_an_empty_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no videos in it, nor metadata"):
         opened(tmp_path, tmp_path / "run")
+
+# ---------------------------------------------------------------- videos as they are
+
+def grey(code):
+    """What a luma code (16 black, 235 white) is of 255."""
+    return (code - 16) * 255 / 219
+
+@pytest.mark.parametrize("size, sar", [("720:576", "64/45"), ("512:576", "2"), ("1024:288", "1/2")])
+def test_a_circle_of_pixels_that_are_not_square_is_round(tmp_path, size, sar):
+    path = make(tmp_path / f"a.{'mpg' if size == '720:576' else 'mp4'}", "color=black:s=1024x576:r=25:d=1,geq=lum='if(lt(hypot(X-512,"
+                "Y-288),150),235,16)':cb=128:cr=128", "-vf", f"scale={size},setsar={sar}", "-q:v", "3")
+    for frame in (read_clip(path, 0, 2, 8, 128)[0], next(open_video(path))):
+        inside = frame[0] > 128
+        width, height = inside.any(0).sum().item(), inside.any(1).sum().item()
+        assert abs(width / height - 1) < .03 and height > 60
+
+@pytest.mark.parametrize("curve, white", [("smpte2084", .5807), ("arib-std-b67", .75)])
+def test_hdrs_white_is_white(tmp_path, curve, white):
+    code = 64 + 876 * white                             # 203 nits: BT.2408's white
+    path = make(tmp_path / "a.mp4", f"color=white:s=64x64:r=8:d=1,format=yuv420p10le,geq=lum='{code}'"
+                f":cb=512:cr=512,setparams=color_primaries=bt2020:color_trc={curve}:"
+                "colorspace=bt2020nc", "-c:v", "libx265", "-x265-params",
+                f"log-level=error:colorprim=bt2020:transfer={curve}:colormatrix=bt2020nc")
+    assert read_clip(path, 0, 4, 8, 16).float().mean() > 248
+
+def test_a_still_in_a_video_of_varying_rate_is_shown_as_long_as_it_stands(tmp_path):
+    path = make(tmp_path / "a.mp4", "color=gray:s=64x64:r=30:d=20,geq=lum='if(lt(T,4),20+T*10,if(lt("
+                "T,14),80,90+(T-14)*15))':cb=128:cr=128,select='lt(t,4)+eq(n,120)+gte(t,14)'",
+                "-fps_mode", "passthrough", "-enc_time_base", "1/1000", "-pix_fmt", "yuv420p", "-crf",
+                "1")
+    for seconds in (0, 3, 5, 7, 10, 13.5, 16):
+        t = seconds + torch.arange(16) / 8
+        code = torch.where(t < 4, 20 + t * 10, torch.where(t < 14, 80, 90 + (t - 14) * 15))
+        clip = read_clip(path, int(8 * seconds), 16, 8, 16).float().mean((1, 2, 3))
+        torch.testing.assert_close(clip, grey(code), atol=2.5, rtol=0)
+
+def test_a_picture_that_changes_its_size_goes_on_in_time(tmp_path):
+    for name, size in (("a", "96x64"), ("b", "64x48")):
+        make(tmp_path / f"{name}.webm", f"color=gray:s={size}:r=30:d=2,geq=lum='{20 + 90 * (name > 'a')}"
+             "+T*40':cb=128:cr=128", "-c:v", "libvpx", "-b:v", "1M")
+    (tmp_path / "list").write_text("file a.webm\nfile b.webm\n")
+    subprocess.run([ffmpeg(), "-loglevel", "error", "-f", "concat", "-i", tmp_path / "list", "-c",
+                    "copy", tmp_path / "both.webm"], check=True)
+    t = torch.arange(32) / 8
+    code = torch.where(t < 2, 20 + t * 40, 110 + (t - 2) * 40)
+    for start in (0, 10, 20):
+        clip = read_clip(tmp_path / "both.webm", start, 12, 8, 16).float().mean((1, 2, 3))
+        torch.testing.assert_close(clip, grey(code)[start:start + 12], atol=4, rtol=0)
+
+def test_the_pictures_own_length_counts(tmp_path):
+    path = make(tmp_path / "a.mp4", "testsrc2=s=64x64:r=30:d=3", "-f", "lavfi", "-i", "sine=d=60",
+                "-pix_fmt", "yuv420p")
+    assert data.video_seconds(path) == pytest.approx(3, abs=.1)
+    assert common.frames_and_rate(path) == (90, 30)
+
+def test_linked_folders_are_followed_and_hidden_ones_are_not(captioned, tmp_path):
+    elsewhere, names = tmp_path / "elsewhere", ["a.mp4", "inside/b.mp4", "link/c.TS"]
+    for folder in (elsewhere, captioned / ".Trash-1000", captioned / "__MACOSX"):
+        folder.mkdir()
+        shutil.copy(captioned / "a.mp4", folder / "c.TS")
+    (captioned / "link").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(captioned)          # in a circle
+    shutil.copy(captioned / "a.mp4", captioned / "._a.mp4")
+    assert data.video_files(captioned) == names
+
+@pytest.mark.parametrize("suffix", "ts wmv flv ogv 3gp mts m2ts webp mov gif avi".split())
+def test_what_ffmpeg_reads_is_taken(tmp_path, suffix):
+    codec = {"ogv": ("-c:v", "libtheora"), "webp": ("-c:v", "libwebp_anim"),
+             "3gp": ("-c:v", "mpeg4")}.get(suffix, ())
+    make(tmp_path / f"a.{suffix}", "testsrc2=s=64x64:r=10:d=1", *codec)
+    (tmp_path / "a.txt").write_text("a")
+    assert len(opened(tmp_path, tmp_path / "run").prepared) == 1
+
+def test_more_layouts_are_taken_or_say_what_is_missing(folder, tmp_path):
+    (folder / "prompt.txt").write_text("x\ny\n")
+    with pytest.raises(ValueError, match="has prompt.txt, but no videos.txt"):
+        data.find_videos(folder)
+    (folder / "videos.txt").write_text("./a.mp4\ninside/../inside/b.mp4\n")
+    assert data.find_videos(folder)[1] == [("a.mp4", "x"), ("inside/b.mp4", "y")]
+    (folder / "prompt.txt").unlink()
+    with pytest.raises(ValueError, match="has videos.txt, but no prompts.txt"):
+        data.find_videos(folder)
+    (folder / "inside/metadata.csv").write_text('file_name, text\nb.mp4, "one, two"\n')
+    assert data.find_videos(folder) == ("inside/metadata.csv", [("inside/b.mp4", "one, two")])
+
+def test_two_names_of_one_video_are_listed_twice(folder, tmp_path, capfd):
+    (folder / "metadata.csv").write_text("file_name,text\na.mp4,x\n./a.mp4,y\n")
+    opened(folder, tmp_path / "run")
+    assert "skipped 1: listed twice: a.mp4 (row 2)" in capfd.readouterr().out
+
+@pytest.mark.parametrize("program", ("", "/nowhere/ffmpeg", "/bin/false"))
+def test_a_missing_ffmpeg_is_named(captioned, tmp_path, monkeypatch, program):
+    monkeypatch.setattr(common.imageio_ffmpeg, "get_ffmpeg_exe",
+                        lambda: program or (_ for _ in ()).throw(RuntimeError("no exe")))
+    common.ffmpeg.cache_clear()
+    for act in (lambda: opened(captioned, tmp_path / "run"), lambda: read_clip("a.mp4", 0, 5, 8, 16),
+                lambda: common.write_video(tmp_path / "b.mp4", torch.zeros(2, 3, 16, 16), 8)):
+        with pytest.raises(ValueError, match="no ffmpeg to read and write videos with: pip install"):
+            act()
+    common.ffmpeg.cache_clear()
 
 # ---------------------------------------------------------------- sprites, latents, prefetching
 

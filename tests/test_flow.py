@@ -1,13 +1,14 @@
 """pytest tests/test_flow.py: Eq. 5, RAFT, flow of files."""
 import functools
 import math
+import os
 
 import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import bad_weights, write_clip
+from conftest import bad_weights, make, write_clip
 
 import common
 import flow as script
@@ -173,18 +174,37 @@ def test_flow_of_a_video_in_chunks_equals_whole(tmp_path, run, capfd, monkeypatc
     assert shown.shape == (5, 32, 32, 3)
     assert (shown.permute(0, 3, 1, 2) / 255 - flow_to_rgb(flow)).abs().mean((1, 2, 3)).max() < .02
     for chunk in (2, 3):                                # 2 + 2 pairs, 3 + 1
-        script.render_flow(RAFT.load(), path, chunk)
+        script.render_flow(RAFT.load(), path, tmp_path / "a-flow.mp4", chunk)
         assert capfd.readouterr().out == printed
 
-def test_bad_input_is_one_line(tmp_path, refuses):
+def test_flow_has_the_files_own_frames_and_lasts_as_long(tmp_path, run, monkeypatch):
+    """A rate that varies: 16 frames in 1.2 s, which the header calls 23 a second."""
+    monkeypatch.setattr(script, "estimate_flow", lambda raft, video: 0 * video[:, :, :2])
+    make(path := tmp_path / "a.mp4", "testsrc2=s=64x64:r=30:d=1.2,select='lt(n,12)+not(mod(n,6))'",
+         "-fps_mode", "passthrough", "-enc_time_base", "1/1000", "-pix_fmt", "yuv420p")
+    out = tmp_path / "flow.MP4"
+    assert run(script.main, path, "--out", out)[0] == 0
+    count, rate = common.frames_and_rate(out)
+    assert count == 16 and count / rate == pytest.approx(1.2, abs=.02)
+
+def test_memory_for_flow_does_not_grow_with_the_size_of_frames():
+    cells = [(h // 8) * (w // 8) for (h, w), _ in map(RAFT.layout, (64, 540, 2160), (64, 960, 3840))]
+    assert cells[0] == 32 * 32 and max(cells) <= 2 ** 13
+
+def test_bad_input_is_one_line(tmp_path, refuses, monkeypatch):
     write_clip(path := tmp_path / "a.mp4", np.zeros((1, 32, 32, 3), np.uint8), 8)
     assert "two frames at least" in refuses(script.main, path)
     assert "nowhere: No such file" in refuses(script.main, path, "--weights", "nowhere")
     path.write_bytes(path.read_bytes()[:300])
-    assert "not a video that can be read" in refuses(script.main, path)
+    assert "a.mp4: cannot be decoded" in refuses(script.main, path)
     assert "b.mp4: no such file" in refuses(script.main, tmp_path / "b.mp4")
     assert "no such file" in refuses(script.main, "/")
     assert "python train.py --stage raft" in refuses(script.main, "--train")
     assert "-h shows all flags" in refuses(script.main, path, "--nonsense")
-    assert "no video" in refuses(script.main)
+    assert "no video: no such file" in refuses(script.main)
+    assert "cannot be written, --out names" in refuses(script.main, path, "--out", "nowhere/a.mp4")
+    with monkeypatch.context() as patch:
+        patch.setattr(script.os, "access", lambda path, mode: mode != os.W_OK)      # root may
+        patch.setattr(RAFT, "load", None)                   # refused before any work
+        assert "a-flow.mp4: cannot be written, --out" in refuses(script.main, path)
     assert list(tmp_path.iterdir()) == [path]
