@@ -4,8 +4,9 @@
     python bench.py compare --n 500         one (runs/bench/compare/report.html) of motivation,
                                             compare, ablation, sdedit
     python bench.py metrics FOLDER          VBench's motion metrics of anybody's videos
-    python bench.py rate A/ B/              a page that asks people which video is better
-    python bench.py votes votes-*.json      the table of their votes
+
+assets/rate.html, opened in a browser, is the paper's human evaluation: it asks people which of two
+folders' videos is better, and counts their votes.
 """
 import argparse
 import base64
@@ -13,7 +14,6 @@ import functools
 import html
 import itertools
 import json
-import math
 import os
 import re
 import shlex
@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import (ROOT, Parser, autocast, can_compile, compile_layers, device_of, file_stem,
-                    frames_and_rate, grid, keep_freed_memory, open_video, positive_int, read_json,
-                    read_lines, report_errors, write_text, write_video)
+from common import (ROOT, Parser, autocast, can_compile, compile_layers, device_of,
+                    frames_and_rate, grid, keep_freed_memory, open_video, positive_int,
+                    report_errors, write_text, write_video)
 from data import video_files
 from flow import RAFT, estimate_flow, flow_to_rgb
 from metrics import (VBENCH, cell, held_out_clips, interval, mean_row, paired, score_clips, vbench)
@@ -265,25 +265,6 @@ def sdedit(e):
 
 # ---------------------------------------------------------------- folders of anybody's videos
 
-def videos_of(folder, suffixes=None):
-    """The paths of a folder's videos. ValueError where there are none."""
-    paths = [Path(folder, name) for name in video_files(folder)
-             if not suffixes or Path(name).suffix.lower() in suffixes]
-    if not paths:
-        raise ValueError(f"{folder}: no videos {' or '.join(suffixes or ())} in it")
-    return paths
-
-def prompt_of(stem):
-    """The prompt, or what of it fits a file's name, of a video named PROMPT-INDEX."""
-    return re.sub(r"-\d+$", "", stem)
-
-def by_prompt(named, mean=np.mean):
-    """Pairs of a video's stem and what was measured of it -> the mean of that for every prompt."""
-    groups = {}
-    for stem, value in named:
-        groups.setdefault(prompt_of(stem), []).append(value)
-    return [mean(values) for values in groups.values()]
-
 class VideoFile:
     """A video file's frames (3, H, W) in [0, 1] on a device, resized to size x size unless None:
     decoded anew each time they are gone through, so it may have any length."""
@@ -298,85 +279,28 @@ class VideoFile:
 
 def metrics(args):
     """VBench's motion metrics of a folder of videos, named PROMPT-INDEX as VBench does."""
-    paths, rows, skipped, device = videos_of(args.paths[0]), {}, 0, device_of(args.device)
+    folder, rows, prompts, skipped = args.folder, {}, {}, 0
+    device, names = device_of(args.device), video_files(folder)
     raft = RAFT.load().to(device)
-    args.out.mkdir(parents=True, exist_ok=True)             # fail before the long work
-    for path in tqdm(paths, desc="metrics"):
+    for name in tqdm(names, "metrics", disable=not names):
         try:
-            _, fps = frames_and_rate(path)
-            rows[path.name] = vbench(VideoFile(path, args.size, device), fps, raft)
-            if prompt_of(path.stem) == path.stem:
-                tqdm.write(f"{path.name}: not named PROMPT-INDEX, its name is taken as the prompt")
+            _, fps = frames_and_rate(folder / name)
+            rows[name] = vbench(VideoFile(folder / name, args.size, device), fps, raft)
+            prompt = re.sub(r"-\d+$", "", Path(name).stem)
+            prompts.setdefault(prompt, []).append(rows[name])
+            if prompt == Path(name).stem:
+                tqdm.write(f"{name}: not named PROMPT-INDEX, its name is taken as the prompt")
         except ValueError as error:
-            tqdm.write(f"skipped {path.name}: {error}")
+            tqdm.write(f"skipped {name}: {error}")
             skipped += 1
     if not rows:
-        raise ValueError(f"{args.paths[0]}: none of its {skipped} videos can be read")
+        raise ValueError(f"{folder}: no video in it that can be read, {skipped} that cannot")
     size = f"resized to {args.size} px" if args.size else "in their own sizes"
-    prompts = by_prompt(((Path(name).stem, row) for name, row in rows.items()), mean_row)
     return {"about": f"n = {len(rows)} videos of {len(prompts)} prompts, {size}, {skipped} "
                      "skipped. Means of prompts, whose videos are averaged first; 95% intervals "
                      "over prompts. By VBench's formulas; RAFT is ours, and in AMT's place.",
-            "tables": [score_table({args.paths[0]: prompts}, VBENCH)],
+            "tables": [score_table({str(folder): list(map(mean_row, prompts.values()))}, VBENCH)],
             "videos": rows}
-
-# ---------------------------------------------------------------- human evaluation (2AFC)
-
-QUESTIONS = {"text": "Which video fits the text better?",
-             "quality": "Which video looks better?",
-             "motion": "In which video is the motion more coherent?"}
-
-def data_url(path):
-    content = base64.b64encode(path.read_bytes()).decode()
-    return f"data:video/{path.suffix[1:].lower()};base64,{content}"
-
-def rate(args):
-    """One page that asks which of two videos is better: pairs in random order, sides hidden. A
-    prompt file gives whole prompts, of which file names have only the beginning."""
-    a, b = ({path.stem: path for path in videos_of(folder, (".mp4", ".webm"))}    # browsers' own
-            for folder in args.paths[:2])
-    prompts = {file_stem(prompt): prompt for file in args.paths[2:] for prompt in read_lines(file)}
-    names = sorted(a.keys() & b.keys())
-    if not names:
-        raise ValueError(f"{args.paths[0]} and {args.paths[1]}: no video has the same name in both")
-    pairs = [{"name": name, "prompt": prompts.get(prompt_of(name), prompt_of(name)),
-              "a": data_url(a[name]), "b": data_url(b[name])} for name in names]
-    data = json.dumps({"a": args.paths[0], "b": args.paths[1], "questions": QUESTIONS,
-                       "pairs": pairs}).replace("<", "\\u003c")
-    args.out.mkdir(parents=True, exist_ok=True)
-    page = args.out / "rate.html"
-    write_text(page, (ROOT / "assets/rate.html").read_text().replace("DATA", data, 1))
-    print(f"{page}: {len(names)} pairs, {len(a) + len(b) - 2 * len(names)} videos without a pair; "
-          "open it, vote, save, then python bench.py votes votes-*.json")
-
-def votes(args):
-    """The paper's table: the share of votes for A, as the mean over prompts, and the agreement."""
-    ballots, sides = {}, set()
-    for path in args.paths:
-        try:
-            content = read_json(Path(path), "a", "b", "rater", "votes")
-            sides.add((content["a"], content["b"]))
-            for v in content["votes"]:
-                ballots.setdefault((v["question"], str(v["pair"])), {})[content["rater"]] = \
-                    {"a": 1, "b": 0}[v["choice"]]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path}: not a votes file of bench.py rate") from None
-    if len(sides) != 1 or not ballots:
-        raise ValueError("votes takes one or more files of votes on the same two folders")
-    table = []
-    for question in QUESTIONS:
-        cast = {pair: v for (asked, pair), v in ballots.items() if asked == question}
-        if cast:
-            shares = by_prompt((pair, np.mean([*v.values()])) for pair, v in cast.items())
-            agree = by_prompt((pair, np.mean([i == j for i, j in
-                                              itertools.combinations(v.values(), 2)]))
-                              for pair, v in cast.items() if len(v) > 1)
-            table.append([question, str(len(set().union(*cast.values()))),
-                          str(sum(map(len, cast.values()))),
-                          *(cell(part, 100, share=True) for part in (shares, agree))])
-    (a, b), = sides
-    return {"about": f"A = {a}, B = {b}; means of prompts, 95% intervals over them.",
-            "tables": [(["", "raters", "votes", "for A %", "two raters agree %"], table)]}
 
 # ---------------------------------------------------------------- the report
 
@@ -432,8 +356,9 @@ def report(out, sections, fps):
         for title, clips in section.get("shown", ()):
             path = out / f".{os.getpid()}.mp4"
             write_video(path, grid(clips), fps, scale=2)
-            page.append(f'<p>{html.escape(title)}<br><video autoplay loop muted src="'
-                        f'{data_url(path)}"></video>')
+            data = base64.b64encode(path.read_bytes()).decode()
+            page.append(f'<p>{html.escape(title)}<br><video autoplay loop muted '
+                        f'src="data:video/mp4;base64,{data}"></video>')
             path.unlink()
     data = {name: {k: v for k, v in section.items() if k != "shown"}
             for name, section in sections.items()}
@@ -447,17 +372,12 @@ def report(out, sections, fps):
 # ---------------------------------------------------------------- command line
 
 EXPERIMENTS = {"motivation": motivation, "compare": compare, "ablation": ablation, "sdedit": sdedit}
-PATHS = {"metrics": (1, 1, "a folder of videos"),
-         "rate": (2, 3, "two folders of videos with the same names, and a prompt file if you like"),
-         "votes": (1, math.inf, "one or more files of votes on the same two folders")}
-BY_ITSELF = {"metrics": metrics, "rate": rate, "votes": votes}
-
 def parse():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
-    flag("experiment", nargs="?", choices=[*EXPERIMENTS, *BY_ITSELF],
-         help="default: the first four")
-    flag("paths", nargs="*", help="of metrics, rate and votes")
+    flag("experiment", nargs="?", choices=[*EXPERIMENTS, "metrics"],
+         help="default: all but metrics")
+    flag("folder", nargs="?", type=Path, help="metrics: of videos")
     flag("--run", help="folder of a training run; default: the shipped weights")
     flag("--n", type=positive_int, help="prompts (default: 50, 16 with --quick)")
     flag("--seeds", type=positive_int, default=1, help="samples of each prompt, which are averaged")
@@ -474,21 +394,17 @@ def parse():
     args.steps = args.steps or (25 if args.quick else 100)
     args.few = 4 if args.quick else 24          # clips that RAFT, which is slow, looks at
     linear_quadratic(args.steps)                # ValueError where there are too many
-    least, most, what = PATHS.get(args.experiment, (0, 0, "no paths: a run is named by --run"))
-    if not least <= len(args.paths) <= most:
-        raise ValueError(f"{args.experiment} takes {what}")
+    if (args.experiment == "metrics") != bool(args.folder):
+        raise ValueError("metrics takes a folder of videos, nothing else does: --run names a run")
     args.out = args.out or Path("runs/bench") / (args.experiment or "")
     return args
 
 def main():
     args, command = parse(), "python bench.py " + shlex.join(sys.argv[1:])
     keep_freed_memory()
-    if args.experiment in BY_ITSELF:
-        section = BY_ITSELF[args.experiment](args)
-        if section:
-            report(args.out, {args.experiment: {**section, "command": command}}, 8)
-        return
     args.out.mkdir(parents=True, exist_ok=True)             # fail before the long work
+    if args.experiment == "metrics":
+        return report(args.out, {"metrics": {**metrics(args), "command": command}}, 8)
     evaluator, sections = Evaluator(args), {}
     for name in [args.experiment] if args.experiment else EXPERIMENTS:
         sections[name] = {**EXPERIMENTS[name](evaluator), "command": command}

@@ -265,40 +265,37 @@ class Folder:
         print_skipped({name: one["reason"] for name, one in listing.items() if "reason" in one})
 
     def prepare(self, limit, workers):
-        """Writes the frames and the RGB flow of the videos' beginnings, `limit` frames in all at
-        most, and opens them: {name: (2, n, 3, size, size) uint8}."""
-        T, S, fps = self.preset.frames, self.preset.size, self.preset.fps
-        names = sorted(self.videos, key=lambda name: zlib.crc32(os.fsencode(name)))
-        names = names[:max(1, limit // T)]
-        share = {name: min(self.videos[name]["frames"], max(T, limit // len(names)))
-                 for name in names}
-        paths = {name: self.cache / (hashlib.md5(repr(
-            (name, self.videos[name]["stamp"], n, S)).encode()).hexdigest() + ".npy")
-            for name, n in share.items()}
-        missing = [name for name in names if not paths[name].exists()][rank()::world_size()]
+        """Writes the first frames of the videos and their RGB flow, of all `limit` frames at most,
+        of one a quarter of them, and opens them: {name: (2, n, 3, size, size) uint8}."""
+        T, S, fps, wanted, paths = self.preset.frames, self.preset.size, self.preset.fps, {}, {}
+        for name in sorted(self.videos, key=lambda name: zlib.crc32(os.fsencode(name))):
+            if sum(wanted.values()) < limit:
+                wanted[name] = min(self.videos[name]["frames"], max(T, limit // 4))
+                key = repr((name, self.videos[name]["stamp"], wanted[name], S)).encode()
+                paths[name] = self.cache / f"{hashlib.md5(key).hexdigest()}.npy"
+        missing = [name for name in paths if not paths[name].exists()][rank()::world_size()]
         barrier()                               # all have looked before any is made
         self.cache.mkdir(exist_ok=True)
-        read = Prefetcher(lambda name: decode(self.folder / name, 0, share[name], fps, S), missing,
+        read = Prefetcher(lambda name: decode(self.folder / name, 0, wanted[name], fps, S), missing,
                           workers)
-        with tqdm(total=sum(map(share.get, missing)), desc="flow of the videos", unit="frame",
+        with tqdm(total=sum(map(wanted.get, missing)), desc="flow of the videos", unit="frame",
                   disable=rank() > 0 or not missing) as bar:
             for name, video in zip(missing, read):
-                rgb = []
-                for _, _, flow in stream_flow(self.raft, (frame / 255 for frame in video)):
+                flows, rgb = stream_flow(self.raft, (frame / 255 for frame in video)), []
+                for _, _, flow in flows if len(video) >= T else ():
                     rgb.append((flow_to_rgb(flow, self.preset.sigma) * 255).round().byte().cpu())
                     bar.update()
-                if len(video) >= T:
-                    both = torch.stack([torch.stack(video), torch.stack([*rgb, rgb[-1]])])
-                    write_file(paths[name], lambda temporary: np.save(temporary, both.numpy()))
+                if rgb:
+                    both = torch.stack([torch.stack(video), torch.stack([*rgb, rgb[-1]])]).numpy()
+                    write_file(paths[name], lambda temporary: np.save(temporary, both))
         barrier()
         self.prepared = {name: np.load(path, mmap_mode="r") for name, path in paths.items()
                          if path.exists()}
-        done, of = (sum(frames) / fps for frames in (
-            (both.shape[1] for both in self.prepared.values()),
-            (video["frames"] for video in self.videos.values())))
-        if done < of and not self.takes_all:
-            print0(f"{done:.0f} of {of:.0f} s are used, of {len(self.prepared)} of "
-                   f"{len(self.videos)} videos: --prepare takes more than {limit} frames")
+        done = sum(both.shape[1] for both in self.prepared.values())
+        if done < (of := sum(video["frames"] for video in self.videos.values())):
+            print0(f"{done} of {of} frames, of {len(self.prepared)} of {len(self.videos)} videos, "
+                   "have their flow: --prepare takes more"
+                   + ", the others' is estimated when it is needed" * self.takes_all)
 
     def keys(self, n):
         """n clips of each video, or all there are, at random offsets."""
@@ -334,20 +331,17 @@ class Folder:
                 clips.append(self.clip(key))
             except ValueError as error:
                 skipped[key] = str(error)
-        shape = self.preset.frames, 3, self.preset.size, self.preset.size
-        videos, motions, captions = zip(*clips) if clips else ([torch.zeros(0, *shape)], [], [])
-        return torch.stack(videos) / 255, list(captions), motions, skipped
+        videos, motions, captions = map(list, zip(*clips)) if clips else ([], [], [])
+        return torch.stack(videos) / 255 if clips else torch.zeros(0), captions, motions, skipped
 
     def training(self, indices):
-        """As `read`; where a clip cannot be decoded, the next one that can stands in."""
-        def first(i):
-            for k in range(len(self.order)):
-                with contextlib.suppress(ValueError):
-                    return self.clip(self.order[(i + k) % len(self.order)])
-            raise ValueError(f"{self.folder}: none of its videos can be decoded")
-
-        videos, motions, captions = zip(*map(first, indices))
-        return torch.stack(videos) / 255, list(captions), motions, {}
+        """As `read`; where a clip cannot be decoded, another of the batch stands in."""
+        *parts, skipped = self.read([self.order[i % len(self.order)] for i in indices])
+        if len(skipped) == len(set(indices)):
+            raise ValueError(f"{self.folder}: {next(iter(skipped.values()))}")
+        there = [k % len(parts[0]) for k in range(len(indices))]
+        return *([part[k] for k in there] if isinstance(part, list) else part[there]
+                 for part in parts), {}
 
     def held_out(self, n):                      # few videos: previews show clips of the training
         return self.training(range(n))

@@ -282,11 +282,13 @@ def estimate_flow(raft, video, iters=12):
 
 def stream_flow(raft, frames, chunk=16):
     """Frames (3, H, W) in [0, 1], one by one -> (frame, the next one, flow (2, H, W) between them),
-    one by one, so that a video may have any length: `chunk` frames are in memory at once."""
+    one by one: a video may have any length, because `chunk` frames, of large ones fewer, are in
+    memory at once."""
     piece = []
     for frame in itertools.chain(frames, [None]):
         if frame is not None:
             piece.append(frame)
+            chunk = min(chunk, max(1, 2 ** 24 // frame.numel()))
         if len(piece) > 1 and (frame is None or len(piece) > chunk):
             flow = estimate_flow(raft, torch.stack(piece)[None])[0]
             yield from zip(piece, piece[1:], flow)

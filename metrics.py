@@ -233,8 +233,8 @@ def cell(values, scale=1, statistic=np.mean, share=False):
 def warp(image, flow):
     """image (B, 3, H, W) sampled at x + flow(x), flow (B, 2, H, W) in px."""
     B, _, H, W = image.shape
-    y, x = torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij")
-    at = torch.stack([x, y]).to(flow) + flow
+    y, x = torch.meshgrid(torch.arange(H).to(flow), torch.arange(W).to(flow), indexing="ij")
+    at = torch.stack([x, y]) + flow
     at = at.permute(0, 2, 3, 1) * 2 / torch.tensor([W - 1, H - 1]).to(flow) - 1
     return F.grid_sample(image, at, padding_mode="border", align_corners=True)
 
@@ -256,7 +256,7 @@ def vbench(video, fps, raft):
         top = size.topk(max(1, int(.05 * len(size)))).values.mean()
         fast.append((top > 6 * min(frame.shape[1:]) / 256).item())
     # halfway between two even frames, from both sides
-    for (first, second, ahead), odd in zip(stream_flow(raft, every(2), 4), every(2, 1)):
+    for (first, second, ahead), odd in zip(stream_flow(raft, every(2)), every(2, 1)):
         back = estimate_flow(raft, torch.stack([second, first])[None])[0, 0]
         middle = (warp(first[None], -ahead[None] / 2) + warp(second[None], -back[None] / 2)) / 2
         smooth.append(1 - (odd - middle[0]).abs().mean().item())

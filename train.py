@@ -761,7 +761,7 @@ class RAFTStage:
         write_file(run.out / f"previews/raft-{step:06d}.png",
                    lambda temporary: iio.imwrite(temporary, picture))
 
-# ---------------------------------------------------------------- dry run, command line
+# ---------------------------------------------------------------- how long a run takes
 
 def activation_bytes(preset, checkpointing=False):
     """What a training step keeps for its backward pass, in bytes a clip (bf16; 220: measured)."""
@@ -773,20 +773,53 @@ def needs_checkpointing(preset):
     """Whether a preset's activations are too many to keep: 4b's are 88 GB a clip."""
     return activation_bytes(preset) > 2e10
 
-def dry_run(args):
-    """Prints what the preset's fine-tuning would take. On the meta device nothing is computed."""
-    preset, gpus, checkpointing = PRESETS[args.preset], args.gpus, args.activation_checkpointing
+def forward_flops(preset):
+    """FLOPs of a clip: {"tae": there and back, "encode", "base", "jam"}, each forwards once. On the
+    meta device nothing is computed."""
     C, T, H, W = preset.latent_shape()
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        dit = DiT(dataclasses.replace(preset.dit, motion=True))
-        dit(torch.zeros(1, 2 * C, T, H, W), torch.zeros(1), tokenize(["x" * 100]).to("meta"))
-    forward, P = counter.get_total_flops(), sum(p.numel() for p in dit.parameters())
+    with torch.device("meta"):
+        tae, video = TAE(preset.tae), torch.zeros(1, preset.frames, 3, preset.size, preset.size)
+        text, t, flops = tokenize(["x" * 100]).to("meta"), torch.zeros(1), {}
+        for name, function, inputs in (
+                ("encode", tae.posterior, [video]), ("tae", tae.pixels, [torch.zeros(1, T, H, W, C)]),
+                ("base", DiT(preset.dit), [torch.zeros(1, C, T, H, W), t, text]),
+                ("jam", DiT(preset.dit).add_motion(), [torch.zeros(1, 2 * C, T, H, W), t, text])):
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                function(*inputs)
+            flops[name] = counter.get_total_flops()
+    return {**flops, "tae": flops["encode"] + flops["tae"], "control": flops["base"]}
+
+def print_expected_time(run):
+    """Says about how long the run will take here, all stages: half the rate of matrix products."""
+    side, flops, total, each = 1024, forward_flops(run.preset), 0, 0
+    square = torch.randn(side, side, device=run.device, dtype=run.args.precision)
+    (square @ square).sum().item()
+    start = time.time()
+    sum(square @ square for _ in range(8)).sum().item()         # a GPU answers when it is done
+    rate = .5 * world_size() * 8 * 2 * side ** 3 / (time.time() - start)
+    for stage in run.stages if run.stages != ["raft"] else ():
+        steps, _, batch = run.hyperparameters(stage)
+        # backwards is twice forwards; stages tae and encode see video and motion
+        clips = {"tae": 6 * batch, "encode": 2}.get(stage, 3 * batch)
+        left = max(0, steps - run.last(stage)[1].get("step", 0))
+        total += left * clips * flops[stage] / rate
+        each += clips * flops[stage] / rate
+    print0(f"about {max(1, total / 60):.0f} minutes on this machine"
+           + f"; a look takes ten: --steps {max(1, int(600 / each))} --out runs/look" * (total > 900))
+
+def dry_run(args):
+    """Prints what the preset's VideoJAM fine-tuning would take."""
+    preset, gpus, checkpointing = PRESETS[args.preset], args.gpus, args.activation_checkpointing
+    _, T, H, W = preset.latent_shape()
+    with torch.device("meta"):
+        dit = DiT(preset.dit).add_motion()
+    forward, P = forward_flops(preset)["jam"], sum(p.numel() for p in dit.parameters())
     # Muon keeps one moment of a weight, AdamW two
     moments = P + sum(p.numel() for p in make_optimizers(dit, 0.)[0].param_groups[0]["params"])
     steps, _, batch = DEFAULTS[args.preset]["jam"]
     steps, batch = args.steps or steps, args.batch or batch
     clips, passes = max(1, batch // gpus // args.accumulate), 4 if checkpointing else 3
-    hours = steps * batch * passes * forward / (args.tflops * 1e12 * 3600)  # backward is two passes
+    hours = steps * batch * passes * forward / (args.tflops * 1e12 * 3600)
     memory = [12 * P / gpus, 4 * moments / gpus, clips * activation_bytes(preset, checkpointing)]
     weights, moments, activations = (size / 1e9 for size in memory)
     print(f"""\
@@ -802,6 +835,8 @@ def dry_run(args):
   time                                            {hours / gpus:,.3f} h
   time of all GPUs together                       {hours:,.3f} h
 not counted: waiting, layers while they are gathered, the framework's own GB or two""")
+
+# ---------------------------------------------------------------- command line
 
 def parse():
     parser = Parser(description=__doc__.split("\n\n")[0])
@@ -863,6 +898,7 @@ def main():
     run = Run(args)
     run.check()
     run.create()
+    print_expected_time(run)
     for stage in run.stages:
         if stage == "tae":
             train_tae(run)

@@ -78,7 +78,7 @@ def test_read_clip_refuses_what_cannot_be_decoded(tmp_path):
 
 @pytest.mark.skipif(not CLIPS.is_dir(), reason="the real clips are not part of the project")
 def test_real_clips_are_read_to_their_end(tmp_path):
-    dataset = opened(CLIPS, tmp_path, limit=15)
+    dataset = opened(CLIPS, tmp_path, limit=5)
     seconds = {"cityCC0.mpg": 190 / 25, "bikes.mp4": 250 / 25, "cockatoo.mp4": 280 / 20}
     assert dataset.videos.keys() == seconds.keys()
     for name, video in dataset.videos.items():
@@ -188,11 +188,12 @@ def test_training_replaces_a_video_that_breaks_off(captioned, tmp_path, monkeypa
 
 def test_flow_is_estimated_once_and_for_as_many_frames_as_are_asked_for(captioned, tmp_path, capfd,
                                                                         monkeypatch):
-    some = opened(captioned, tmp_path / "run", limit=16)        # 8 frames of either
-    assert "2 of 3 s are used, of 2 of 2 videos: --prepare takes more" in capfd.readouterr().out
+    some = opened(captioned, tmp_path / "run", limit=32)        # 8 frames of either
+    assert "16 of 24 frames, of 2 of 2 videos, have their flow: --prepare takes more" in \
+        capfd.readouterr().out
     assert len(some.keys(64)) == 2 * 4 and some.order == sorted(
         some.keys(64), key=lambda key: some.order.index(key))
-    every = opened(captioned, tmp_path / "run", limit=16, takes_all=True)
+    every = opened(captioned, tmp_path / "run", limit=32, takes_all=True)
     keys = every.keys(64)
     assert len(keys) == 2 * 8
     video, _, motions, _ = every.read(keys)
@@ -202,7 +203,7 @@ def test_flow_is_estimated_once_and_for_as_many_frames_as_are_asked_for(captione
     torch.testing.assert_close(every.motion(video, motions)[:, :-1],
                                some.motion(whole, prepared)[:, :-1], atol=.003, rtol=0)
     monkeypatch.setattr(data, "stream_flow", None)              # none of it twice
-    again = opened(captioned, tmp_path / "run", limit=16)
+    again = opened(captioned, tmp_path / "run", limit=32)
     assert torch.equal(torch.stack(again.read(some.order)[2]), torch.stack(some.read(some.order)[2]))
 
 @pytest.mark.parametrize("files, complaint", [
