@@ -91,8 +91,7 @@ class Evaluator:
 
 SCORES = {"detected": "detected in all frames %", "single": "single sprite %",
           "shape": "named shape %", "motion_ok": "motion as named %",
-          "single_motion_ok": "single, motion as named %", "error": "median motion error, px",
-          "speed": "speed as named %", "energy": "energy kept by a bounce"}
+          "single_motion_ok": "single, motion as named %", "error": "median motion error, px"}
 PAIRED = {"motion_ok": "motion as named, points", "single": "single sprite, points",
           "single_motion_ok": "single, motion as named, points", "shape": "named shape, points",
           "error": "mean motion error where both are detected, px"}

@@ -179,12 +179,9 @@ def read_clip(path, start, frames, fps, size):
 
 def print_skipped(reasons):
     """Prints {name: reason}: a line a reason, the most frequent first."""
-    names = collections.defaultdict(list)
-    for name, reason in reasons.items():
-        names[reason].append(name)
-    for reason, group in sorted(names.items(), key=lambda item: -len(item[1])):
-        print0(f"  skipped {len(group)}: {reason}: {', '.join(group[:3])}"
-               + f" and {len(group) - 3} more" * (len(group) > 3))
+    for reason, count in collections.Counter(reasons.values()).most_common():
+        names = [name for name, why in reasons.items() if why == reason]
+        print0(f"  skipped {count}: {reason}: {', '.join(names[:3])}" + ", ..." * (count > 3))
 
 # ---------------------------------------------------------------- datasets
 

@@ -98,9 +98,8 @@ def fit_motion(kind, phrase, path, size, radius=.145):
     """Fits the family of a named motion to a tracked path (T, 3).
 
     Returns the RMS error in px of a coordinate (for a spin with the angle's, at the sprite's edge);
-    whether the motion is as named: an error below 2.5% of the width, the right direction, an amount
-    within 30% of the training range; and that amount: widths travelled, length, radius, turns, or
-    the share of energy that a bounce keeps."""
+    whether the motion is as named: an error below 2.5% of the width, the right direction, and an
+    amount (widths travelled, length, radius, turns) within 30% of the training range."""
     T, words = len(path), phrase.split()
     tau, one = np.linspace(0, 1, T), np.ones(T)
     x, y, angle = path[:, 0] / size, path[:, 1] / size, path[:, 2]
@@ -117,38 +116,35 @@ def fit_motion(kind, phrase, path, size, radius=.145):
         rms, c, _ = least_squares([planar((tau, zero), (zero, tau))], both)
         along = c[2] * DIRECTIONS[word][0] + c[3] * DIRECTIONS[word][1]
         across = abs(c[2] * DIRECTIONS[word][1]) + abs(c[3] * DIRECTIONS[word][0])
-        good, amount = in_range(along, *TRAVEL[speed]) and across < .3 * along, along
+        good = in_range(along, *TRAVEL[speed]) and across < .3 * along
     elif kind == "zigzag":
         tooth = np.abs((2 * tau + .5) % 1 * 2 - 1)
         rms, c, _ = least_squares([planar((tau, zero), (zero, tooth))], both)
-        amount = c[2] * DIRECTIONS[word][0]
-        good = in_range(amount, .45, .6) and in_range(c[3], .2, .3)
+        good = in_range(c[2] * DIRECTIONS[word][0], .45, .6) and in_range(c[3], .2, .3)
     elif kind == "swing":
         family = [(a, n, p) for a in np.linspace(.5, 1, 11) for n in np.linspace(.6, 1.4, 33)
                   for p in (0, np.pi)]
         theta = [a * np.cos(2 * np.pi * n * tau + p) for a, n, p in family]
         rms, c, best = least_squares([planar((np.sin(t), np.cos(t))) for t in theta], both)
-        amount = c[2]
-        good = in_range(amount, .3, .4) and in_range(family[best][1], .8, 1.2, .15)
+        good = in_range(c[2], .3, .4) and in_range(family[best][1], .8, 1.2, .15)
     elif kind == "orbit":
         sign = 1 if word == "clockwise" else -1
         theta = [2 * np.pi * n * tau for n in np.linspace(.6, 1.4, 33) * sign]
         rms, c, _ = least_squares([planar((np.cos(t), np.sin(t)), (-np.sin(t), np.cos(t)))
                                    for t in theta], both)
-        amount = np.hypot(c[2], c[3])
-        good = in_range(amount, .18, .28)
+        good = in_range(np.hypot(c[2], c[3]), .18, .28)
     elif kind == "spin":
         rms, _, _ = least_squares([planar()], both)
         off, c, _ = least_squares([np.stack([one, tau], -1)], angle)
-        amount = c[1] / (2 * np.pi) * (1 if word == "clockwise" else -1)      # turns
         rms = np.hypot(rms, off * radius)               # an angle's error, at the sprite's edge
-        good = in_range(amount, *TURNS[speed])
+        turns = c[1] / (2 * np.pi) * (1 if word == "clockwise" else -1)
+        good = in_range(turns, *TURNS[speed])
     elif kind == "fall":
         family = [(f, e) for f in np.linspace(.25, .5, 26) for e in np.linspace(.5, .9, 9)]
-        rms, c, best = least_squares([planar((zero, bouncing(tau, 0, 1, f, e)))
+        rms, c, _ = least_squares([planar((zero, bouncing(tau, 0, 1, f, e)))
                                       for f, e in family], both)
-        good, amount = in_range(c[2], 1 - .4 - .17, 1 - 2 * .12), family[best][1] ** 2
-    return rms * size, bool(good and rms < .025), float(amount)
+        good = in_range(c[2], 1 - .4 - .17, 1 - 2 * .12)
+    return rms * size, bool(good and rms < .025)
 
 # ---------------------------------------------------------------- scores of sprite clips
 
@@ -167,29 +163,21 @@ def score_clips(video, scenes):
         motion_ok   detected, and its motion is as named (see `fit_motion`)
         single_motion_ok    all of single and motion_ok: two sprites may move as named together
         error       distance from the fitted path in px, of those detected
-        speed       whether the named speed is the nearest, of moves and spins
-        energy      share of the energy that a bounce keeps, of falls that are motion_ok
 
     None where a score does not apply. Of several samples of the scenes (all first ones come first),
     the mean."""
     rows = []
     for clip, scene in zip(video, itertools.cycle(scenes)):
         sprite, S = scene["sprites"][0], clip.shape[-1]
-        kind, word = sprite["kind"], sprite["phrase"].split()[-1]
         in_frame, shape, path, alpha = track(clip, sprite["colour"], sprite["shape"])
-        error, as_named, amount = fit_motion(kind, sprite["phrase"], path, S)
+        error, as_named = fit_motion(sprite["kind"], sprite["phrase"], path, S)
         detected = bool(in_frame.all())
         single = bool((count_regions(alpha > .5, .003 * S * S) == 1).all())
-        speeds = {"move": TRAVEL, "spin": TURNS}.get(kind, {})
-        means = {None: 0, **{name: np.mean(speeds[name]) for name in speeds}}   # None: no motion
-        speed = min(means, key=lambda name: abs(amount - means[name]))
         motion_ok = as_named and detected
         rows.append({
-            "kind": kind, "held_out": scene["held_out"], "detected": detected, "single": single,
-            "shape": shape == sprite["shape"], "motion_ok": motion_ok,
-            "single_motion_ok": motion_ok and single, "error": error if detected else None,
-            "speed": detected and speed == (word if word in speeds else "") if speeds else None,
-            "energy": amount if kind == "fall" and motion_ok else None})
+            "kind": sprite["kind"], "held_out": scene["held_out"], "detected": detected,
+            "single": single, "shape": shape == sprite["shape"], "motion_ok": motion_ok,
+            "single_motion_ok": motion_ok and single, "error": error if detected else None})
     return [mean_row(rows[i::len(scenes)]) for i in range(len(scenes))]
 
 def mean_row(rows):

@@ -114,8 +114,8 @@ class Run:
         self.autocast = functools.partial(autocast, args.device, args.precision)
         self.preset = dataclasses.replace(PRESETS[args.preset], sigma=args.sigma)
         self.stages, self.given = [args.stage] if args.stage else STAGES, {}    # DiTs of --init
-        self.settings = {"version": VERSION, "preset": args.preset, "data": bool(args.data),
-                         "clutter": args.clutter, "seed": args.seed,
+        self.settings = {"version": VERSION, "preset": args.preset,
+                         "data": "own videos" if args.data else "sprites", "clutter": args.clutter, "seed": args.seed,
                          **json.loads(json.dumps(dataclasses.asdict(self.preset)))}
 
     def check(self):
@@ -209,11 +209,10 @@ class Run:
     def finished(self, stage):
         """Folder and step of a finished stage's checkpoint. ValueError if it is not finished."""
         path, status = self.last(stage)
-        step, steps = status.get("step", 0), status.get("of", "all")
-        if path is None or step < steps:
-            raise ValueError(f"{self.out}: has {step} of {steps} steps of {stage}, run --stage "
-                             f"{stage} first")
-        return path, step
+        if path is None or status["step"] < status["of"]:
+            done = f"{status.get('step', 0)} of {status.get('of', 'all')} steps"
+            raise ValueError(f"{self.out}: has {done} of {stage}, run --stage {stage} first")
+        return path, status["step"]
 
     def save(self, stage, step, state, status):
         """Writes a checkpoint of tensors, sharded or not, and its status. Two are kept."""
@@ -534,19 +533,15 @@ def train_tae(run):
 
 # ---------------------------------------------------------------- stage encode
 
-def update_manifest(run, clips):
-    """Assigns clips to shards, {"clips": as many (of each video), "shards": [[key, ...], ...]}; new
-    clips come in new shards."""
-    path = run.out / "latents/manifest.json"
-    shards = read_json(path, "shards")["shards"] if path.exists() else []
-    new = new_clips(run, clips, shards)
-    shards += [new[i:i + SHARD] for i in range(0, len(new), SHARD)]
-    write_text(path, json.dumps({"clips": clips, "shards": shards}))
-
-def new_clips(run, clips, shards):
-    """Keys of the dataset's clips that are in no shard."""
-    known = {json.dumps(key) for shard in shards for key in shard}
-    return [key for key in run.dataset.keys(clips) if json.dumps(key) not in known]
+def read_manifest(run, clips=None):
+    """The shards of keys that are to be encoded, and the keys that are in none of them yet, of as
+    many clips (of each video) as encode was begun with, or `clips`."""
+    path, content = run.out / "latents/manifest.json", {"clips": 0, "shards": []}
+    if path.exists():
+        content = read_json(path, "clips", "shards")
+    known = {json.dumps(key) for shard in content["shards"] for key in shard}
+    keys = run.dataset.keys(clips or content["clips"])
+    return content["shards"], [key for key in keys if json.dumps(key) not in known]
 
 def encode_shard(run, tae, path, batches):
     """Writes path.x.npy, path.d.npy and path.json of one shard, from (keys, what was read)."""
@@ -570,11 +565,13 @@ def encode_shard(run, tae, path, batches):
 def encode(run):
     """Stage encode: latents of clips and of their RGB flow, in shards, every rank its part."""
     clips, _, batch = run.hyperparameters("encode")
-    folder, dataset, tae, start = run.out / "latents", run.dataset, run.tae(), time.time()
-    if rank() == 0:
-        update_manifest(run, clips)
+    folder, dataset, tae = run.out / "latents", run.dataset, run.tae()
+    if rank() == 0:                             # new clips come in new shards
+        shards, new = read_manifest(run, clips)
+        shards += [new[i:i + SHARD] for i in range(0, len(new), SHARD)]
+        write_text(folder / "manifest.json", json.dumps({"clips": clips, "shards": shards}))
     barrier()
-    shards = read_json(folder / "manifest.json", "shards")["shards"]
+    shards, _ = read_manifest(run)
     missing = [s for s in range(len(shards)) if not (folder / f"{s:06d}.json").exists()]
     barrier()                                   # all have looked before any shard is made
     print0(f"encode: {sum(map(len, shards))} clips in {len(shards)} shards, {len(missing)} to do")
@@ -590,7 +587,7 @@ def encode(run):
     latents = Latents(folder, dataset)
     print_skipped(latents.skipped)
     print0(f"encode: {len(latents.captions)} of {sum(map(len, shards))} clips are there; waited "
-           f"for video {prefetcher.waited / (time.time() - start):.0%} of the time")
+           f"{prefetcher.waited:.0f} s for video")
     if not latents.captions:
         raise ValueError(f"{folder}: no clip could be encoded")
 
@@ -696,14 +693,10 @@ class DiTStage:
 
 def finished_latents(run):
     """The run's latents. ValueError if there are none, not all yet, or of another TAE."""
-    latents, manifest = Latents(run.out / "latents", run.dataset), run.out / "latents/manifest.json"
-    done, count, new = len(latents.shards), "all", []
-    if manifest.exists():
-        content = read_json(manifest, "clips", "shards")
-        count, new = len(content["shards"]), new_clips(run, content["clips"], content["shards"])
-    if done != count or not latents.captions:
-        raise ValueError(f"{run.out}: has {done} of {count} shards of latents, run --stage encode "
-                         "first")
+    latents, (shards, new) = Latents(run.out / "latents", run.dataset), read_manifest(run)
+    if len(latents.shards) < len(shards) or not latents.captions:
+        raise ValueError(f"{run.out}: encode has done {len(latents.shards)} of "
+                         f"{len(shards) or 'all'} shards of latents, run --stage encode first")
     if latents.changed or new:
         print0(f"since encode the captions of {latents.changed} clips have changed, they are taken "
                f"as they are now; {len(new)} clips are new, --stage encode takes them in")
@@ -727,7 +720,8 @@ class RAFTStage:
 
     def load(self, step, places):
         """This process's share of the step's pairs; there are fewer where frames are large."""
-        pairs = training_pairs(self.run.args.seed * 100_000 + step, self.batch)
+        number = (self.run.args.seed * 100_000 + step) % 10 ** 7        # beyond are held-out ones
+        pairs = training_pairs(number, self.batch)
         share = [len(pairs[0]) * place // self.batch for place in (places.start, places.stop)]
         return [part[slice(*share)] for part in pairs]
 
@@ -773,39 +767,39 @@ def needs_checkpointing(preset):
     """Whether a preset's activations are too many to keep: 4b's are 88 GB a clip."""
     return activation_bytes(preset) > 2e10
 
-def forward_flops(preset):
-    """FLOPs of a clip: {"tae": there and back, "encode", "base", "jam"}, each forwards once. On the
-    meta device nothing is computed."""
+def step_flops(preset):
+    """{stage: FLOPs of a clip in a step of it}: backwards is twice forwards; stages tae and encode
+    see video and motion. On the meta device nothing is computed."""
+    def forward(function, *inputs):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            function(*inputs)
+        return counter.get_total_flops()
+
     C, T, H, W = preset.latent_shape()
     with torch.device("meta"):
-        tae, video = TAE(preset.tae), torch.zeros(1, preset.frames, 3, preset.size, preset.size)
-        text, t, flops = tokenize(["x" * 100]).to("meta"), torch.zeros(1), {}
-        for name, function, inputs in (
-                ("encode", tae.posterior, [video]), ("tae", tae.pixels, [torch.zeros(1, T, H, W, C)]),
-                ("base", DiT(preset.dit), [torch.zeros(1, C, T, H, W), t, text]),
-                ("jam", DiT(preset.dit).add_motion(), [torch.zeros(1, 2 * C, T, H, W), t, text])):
-            with torch.no_grad(), FlopCounterMode(display=False) as counter:
-                function(*inputs)
-            flops[name] = counter.get_total_flops()
-    return {**flops, "tae": flops["encode"] + flops["tae"], "control": flops["base"]}
+        tae, dit = TAE(preset.tae), DiT(preset.dit).add_motion()
+        encode = forward(tae.posterior, torch.zeros(1, preset.frames, 3, preset.size, preset.size))
+        decode = forward(tae.pixels, torch.zeros(1, T, H, W, C))
+        text = tokenize(["x" * 100]).to("meta")
+        step = 3 * forward(dit, torch.zeros(1, 2 * C, T, H, W), torch.zeros(1), text)
+    return {"tae": 6 * (encode + decode), "encode": 2 * encode,
+            "base": step, "jam": step, "control": step}
 
 def print_expected_time(run):
     """Says about how long the run will take here, all stages: half the rate of matrix products."""
-    side, flops, total, each = 1024, forward_flops(run.preset), 0, 0
+    side, flops, total, each = 1024, step_flops(run.preset), 0, 0
     square = torch.randn(side, side, device=run.device, dtype=run.args.precision)
     (square @ square).sum().item()
     start = time.time()
     sum(square @ square for _ in range(8)).sum().item()         # a GPU answers when it is done
     rate = .5 * world_size() * 8 * 2 * side ** 3 / (time.time() - start)
-    for stage in run.stages if run.stages != ["raft"] else ():
+    for stage in set(run.stages) & flops.keys():
         steps, _, batch = run.hyperparameters(stage)
-        # backwards is twice forwards; stages tae and encode see video and motion
-        clips = {"tae": 6 * batch, "encode": 2}.get(stage, 3 * batch)
-        left = max(0, steps - run.last(stage)[1].get("step", 0))
-        total += left * clips * flops[stage] / rate
-        each += clips * flops[stage] / rate
-    print0(f"about {max(1, total / 60):.0f} minutes on this machine"
-           + f"; a look takes ten: --steps {max(1, int(600 / each))} --out runs/look" * (total > 900))
+        seconds = flops[stage] / rate * (1 if stage == "encode" else batch)
+        total += seconds * max(0, steps - run.last(stage)[1].get("step", 0))
+        each += seconds
+    look = f"; a look in ten: --steps {max(1, int(600 / each))} --out runs/look" if each else ""
+    print0(f"about {max(1, total / 60):.0f} minutes on this machine" + look * (total > 900))
 
 def dry_run(args):
     """Prints what the preset's VideoJAM fine-tuning would take."""
@@ -813,7 +807,7 @@ def dry_run(args):
     _, T, H, W = preset.latent_shape()
     with torch.device("meta"):
         dit = DiT(preset.dit).add_motion()
-    forward, P = forward_flops(preset)["jam"], sum(p.numel() for p in dit.parameters())
+    forward, P = step_flops(preset)["jam"] / 3, sum(p.numel() for p in dit.parameters())
     # Muon keeps one moment of a weight, AdamW two
     moments = P + sum(p.numel() for p in make_optimizers(dit, 0.)[0].param_groups[0]["params"])
     steps, _, batch = DEFAULTS[args.preset]["jam"]
@@ -859,8 +853,8 @@ def parse():
     flag("--motion-dropout", type=fraction, default=.2, help="jam: share of samples without motion")
     flag("--sigma", type=positive, default=.15, help="of Eq. 5")
     flag("--seed", type=seed, default=0)
-    flag("--prepare", type=positive_int, metavar="FRAMES", help="own videos: flow of so many frames "
-         "is estimated first (default: 2400 on a CPU, which uses no others; 20000 on a GPU)")
+    flag("--prepare", type=positive_int, metavar="FRAMES", help="own videos: flow of so many "
+         "frames is estimated first (default: 2400 on a CPU, which uses no others; 20000 on a GPU)")
     flag("--workers", type=positive_int, default=4, help="threads that load data")
     flag("--device", help="default: a GPU if there is one")
     flag("--precision", choices=("bf16", "fp32"), help="default: bf16 where that is fast")
@@ -873,9 +867,8 @@ def parse():
     if args.data:
         args.data = str(Path(args.data).resolve())
     raft, toy = args.stage == "raft", args.preset == "toy"
-    if raft and not (0 <= args.seed < 100 and 3 <= (args.batch or 8) <= 256
-                     and (args.steps or 1) <= 100_000):         # beyond are the held-out clips
-        raise ValueError("raft takes --seed from 0 to 99, --batch from 3 to 256, --steps to 100000")
+    if raft and not 3 <= (args.batch or 8) <= 256:              # beyond are the held-out clips
+        raise ValueError("raft takes --batch from 3 to 256")
     args.device = device_of(args.device)
     args.precision = {"bf16": torch.bfloat16, "fp32": torch.float32,
                       None: fast_dtype(args.device)}[args.precision]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import bench
+import flow
 import metrics
 import sample
 from common import open_video, write_video
@@ -19,13 +20,13 @@ from videojam import VideoJAM
 @pytest.fixture(autouse=True)
 def cheap(monkeypatch):
     monkeypatch.setattr(bench, "can_compile", lambda device: False)     # tiny models: not worth it
-    for module in (bench, metrics):         # nothing here is about how good RAFT's flow is
+    for module in (bench, metrics, flow):   # nothing here is about how good RAFT's flow is
         monkeypatch.setattr(module, "estimate_flow",
                             functools.partial(module.estimate_flow, iters=1))
 
 def test_every_experiment_writes_its_tables_and_a_page_that_holds_all(model_folder, run, tmp_path,
                                                                       monkeypatch):
-    for module in (bench, metrics):
+    for module in (bench, metrics, flow):
         monkeypatch.setattr(module, "estimate_flow", lambda raft, video: 0 * video[:, :, :2])
     code, said, err = run(bench.main, "--run", model_folder, "--n", 2, "--steps", 2, "--out", tmp_path)
     assert not code, err

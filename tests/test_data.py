@@ -391,3 +391,12 @@ def test_a_folder_goes_through_all_stages(captioned, tmp_path, run, monkeypatch)
     code, printed, err = run(train.main, *flags, captioned, "--stage", "encode")
     assert code == 0 and "encode: 24 clips in 2 shards, 1 to do" in printed, err
     assert all(path.read_bytes() == content for path, content in before.items())
+    assert "python sample.py --run" in run(train.main, *flags, captioned)[1]
+    write_clip(captioned / "d.mp4", ramp(12), 8)            # what encode has not seen is said
+    (captioned / "d.txt").write_text("d")
+    (captioned / "a.txt").write_text("another a")
+    moved = captioned.rename(tmp_path / "moved")            # names in the folder are what counts
+    code, printed, err = run(train.main, *flags, moved, "--stage", "base", "--steps", 2)
+    assert code == 0, err
+    assert "since encode the captions of 8 clips have changed" in printed
+    assert "8 clips are new, --stage encode takes them in" in printed

@@ -327,7 +327,7 @@ def test_unfinished_stages_are_refused_by_the_next(finished, tmp_path, run, refu
     assert "status.json: damaged" in refuses(train.main, *train_flags(out, "--stage", "base"))
     status.write_text(whole)
     (out / "latents/000001.json").unlink()
-    assert "has 1 of 2 shards of latents, run --stage encode first" in refuses(
+    assert "encode has done 1 of 2 shards of latents, run --stage encode first" in refuses(
         train.main, *train_flags(out, "--stage", "jam"))
 
 @pytest.mark.parametrize("missing", ("status.json", ".metadata"))
@@ -465,7 +465,7 @@ def test_dry_run_knows_the_papers_models(run, tmp_path, monkeypatch):
     ("--seed", 2 ** 64, "--seed: must be a whole number below"), ("--init=", "", "--init: is empty"),
     ("--init", "nowhere", "nowhere: No such file"),
     ("--accumulate", 3, "does not divide into 1 processes x 3 parts"),
-    ("--stage", "raft --seed 100", "raft takes --seed from 0 to 99")])
+    ("--stage", "raft --batch 2", "raft takes --batch from 3 to 256")])
 def test_bad_flags_are_one_line_and_leave_no_run_folder(tmp_path, refuses, flag, value, complaint):
     assert complaint in refuses(train.main, *train_flags(tmp_path / "run"), flag,
                                 *str(value).split())
@@ -474,7 +474,7 @@ def test_bad_flags_are_one_line_and_leave_no_run_folder(tmp_path, refuses, flag,
 @pytest.mark.parametrize("more, complaint", [
     (("--seed", 1), "begun with seed 0, not 1"),
     (("--clutter", .7), "begun with clutter 0.2, not 0.7"),
-    (("--data", str(ROOT)), "begun with data None"),
+    (("--data", str(ROOT)), "begun with data 'sprites', not 'own videos'"),
     (("--stage", "base", "--lr", .5, "--steps", 9), "begun with lr 0.001, not 0.5"),
     (("--stage", "jam", "--uniform-t", "--steps", 9), "begun with uniform_t False, not True"),
     (("--stage", "tae", "--steps", 9), "its latents are of the TAE as it is, which 9 steps would"),
@@ -492,7 +492,7 @@ def test_stages_say_what_they_lack_and_make_nothing(tmp_path, refuses):
     for stage in ("base", "jam"):
         (tmp_path / stage).mkdir()
         (tmp_path / stage / "tae.pt").touch()
-        assert "has 0 of all shards of latents, run --stage encode first" in refuses(
+        assert "encode has done 0 of all shards of latents, run --stage encode first" in refuses(
             train.main, *train_flags(tmp_path / stage, "--stage", stage))
     (tmp_path / "file").write_text("")
     assert "Not a directory" in refuses(train.main, *train_flags(tmp_path / "file/run"))
