@@ -115,7 +115,8 @@ class Run:
         self.preset = dataclasses.replace(PRESETS[args.preset], sigma=args.sigma)
         self.stages, self.given = [args.stage] if args.stage else STAGES, {}    # DiTs of --init
         self.settings = {"version": VERSION, "preset": args.preset,
-                         "data": "own videos" if args.data else "sprites", "clutter": args.clutter, "seed": args.seed,
+                         "data": "own videos" if args.data else "sprites",
+                         "clutter": args.clutter, "seed": args.seed,
                          **json.loads(json.dumps(dataclasses.asdict(self.preset)))}
 
     def check(self):
