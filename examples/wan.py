@@ -1,0 +1,385 @@
+"""VideoJAM for Wan 2.1 text-to-video, for people who have its weights.
+
+    pip install -r requirements.txt diffusers transformers accelerate ftfy      and peft for --lora
+    python examples/wan.py train --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --data FOLDER --out DIR
+    torchrun --nproc_per_node=8 examples/wan.py train ...       each process has the whole model
+    python examples/wan.py sample DIR "a dog runs along a beach"
+    python examples/wan.py train --tiny && python examples/wan.py sample --tiny "a red square"
+
+--tiny: the same lines with a random model of two layers, on a CPU in a minute. FOLDER is laid out
+as for train.py. DIR gets clips/, encoded once; checkpoint.pt, from which the same command goes on;
+previews/; and at the end transformer/, which WanTransformer3DModel.from_pretrained loads.
+"""
+import argparse
+import contextlib
+import hashlib
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from diffusers.utils import logging
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import common                                                                       # noqa: E402
+from common import autocast, barrier, fast_dtype, print0, rank, read_tensors        # noqa: E402
+from data import find_videos, read_clip                                             # noqa: E402
+from flow import RAFT, estimate_flow, flow_to_rgb                                   # noqa: E402
+from synthetic import sprite_clips                                                  # noqa: E402
+from train import MOTION_LR_SCALE, refuse_changes, rng, stop_signals                # noqa: E402
+from videojam import (check_velocity, euler_sample, joint_loss, linear_quadratic,   # noqa: E402
+                      new_entries, sample_noise, widen_input, widen_output)
+
+REAL = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}       # Wan 2.1 of 1.3 B
+TINY = {WanTransformer3DModel: {
+            "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4,
+            "text_dim": 32, "freq_dim": 32, "ffn_dim": 48, "num_layers": 2},
+        AutoencoderKLWan: {"base_dim": 4, "z_dim": 4, "dim_mult": [1] * 4, "num_res_blocks": 1,
+                           "latents_mean": [0.] * 4, "latents_std": [1.] * 4}}
+ADAPTED = ["to_q", "to_k", "to_v", "to_out.0"]              # the layers that get LoRA's adapters
+KEPT = "model", "size", "frames", "fps", "lora", "lr", "batch", "t_shift", "seed"
+CHECKPOINT_SECONDS = 600
+
+# ---------------------------------------------------------------- the models
+
+def load(kind, name, **options):
+    """A model of a class, by folder or the hub's name. ValueError where its weights are not."""
+    if name == "tiny":
+        torch.manual_seed(0)
+        return kind(**TINY[kind])
+    try:
+        return kind.from_pretrained(name, **options)
+    except Exception as error:              # of several libraries: no network, no such file, ...
+        if common.is_out_of_memory(error):
+            raise
+        raise ValueError(f"{name}: no {kind.__name__} there, nor on the hub: --model takes Wan 2.1 "
+                         f"for diffusers ({common.one_line(error)})") from None
+
+def load_vae(args):
+    vae = load(AutoencoderKLWan, args.model, subfolder="vae", torch_dtype=torch.float32)
+    return vae.to(args.device).eval().requires_grad_(False)
+
+def text_encoder(args):
+    """A function: prompt -> its embeddings (512, 4096), zero after its end."""
+    if args.model == "tiny":                # a stand-in: a random vector for each byte
+        table = torch.randn(256, 32, generator=rng("text"))
+        return lambda prompt: table[list(prompt.encode().ljust(40)[:40])]
+    pipe = load(WanPipeline, args.model, transformer=None, vae=None,
+                torch_dtype=fast_dtype(args.device)).to(args.device)
+    return lambda prompt: pipe.encode_prompt(prompt, do_classifier_free_guidance=False,
+                                             max_sequence_length=512)[0][0].cpu()
+
+def add_motion(wan):
+    """Sec. 4.2 for Wan's two layers. Its config learns of it, so that from_pretrained does too. An
+    image-to-video model has others beside x: it then takes [x, d, others]."""
+    C, C_in = wan.config.out_channels, wan.config.in_channels
+    wan.patch_embedding = widen_input(wan.patch_embedding, C, channel_last=False, others=C_in - C)
+    wan.proj_out = widen_output(wan.proj_out, C, channel_last=True)
+    wan.register_to_config(in_channels=C_in + C, out_channels=2 * C)
+    return wan
+
+def velocity(wan, one_by_one=False):
+    """Wan as model(x, t, y). Its time is 1000 at noise and 0 at data, so its velocity points to
+    noise. one_by_one: the samples of a batch, which are guidance's terms, in turn."""
+    def u(z, t, y):
+        return -wan(z, 1000 * (1 - t), y, return_dict=False)[0].float()
+    return u if not one_by_one else lambda *batch: torch.cat(
+        [u(*sample) for sample in zip(*(part.split(1) for part in batch))])
+
+def load_widened(args):
+    """Wan with motion, checked, with adapters for --lora. What learns is in fp32: bf16 would round
+    steps of 5e-6 away."""
+    dtype = fast_dtype(args.device) if args.lora else torch.float32
+    wan = load(WanTransformer3DModel, args.model, subfolder="transformer", torch_dtype=dtype)
+    wan, C, L = wan.to(args.device), wan.config.out_channels, wan.config.text_dim
+    if wan.config.in_channels != C:
+        raise ValueError(f"--model {args.model}: takes {wan.config.in_channels} channels and gives "
+                         f"{C}: only text-to-video models are trained here")
+    torch.manual_seed(args.seed)
+    probe = [part.to(args.device) for part in (
+        torch.randn(1, C, 1, 8, 8), torch.full((1,), .5), torch.randn(1, 8, L))]
+    with torch.no_grad(), autocast(args.device):
+        before = velocity(wan)(*probe)
+        check_velocity(before, velocity(add_motion(wan)), *probe)
+    if args.lora:
+        import peft                         # needed here alone
+        wan.requires_grad_(False)
+        wan.add_adapter(peft.LoraConfig(args.lora, lora_alpha=args.lora, target_modules=ADAPTED))
+        for part in (wan.patch_embedding, wan.proj_out):
+            part.requires_grad_(True)
+        for weight in wan.parameters():
+            weight.data = weight.data.float() if weight.requires_grad else weight.data
+    wan.enable_gradient_checkpointing()
+    return wan.train()
+
+def print_sizes(config, frames, height, width, rank=32):
+    """Prints what training takes, with and without LoRA of a rank. Nothing is computed."""
+    with torch.device("meta"):
+        wan = WanTransformer3DModel(**config)
+        before = sum(p.numel() for p in wan.parameters())
+        P = sum(p.numel() for p in add_motion(wan).parameters())
+    lora = rank * sum(sum(layer.weight.shape) for name, layer in wan.named_modules()
+                      if name.endswith(tuple(ADAPTED)))
+    tokens = (frames + 3) // 4 * height * width // 256
+    # fp32 weights, gradients and AdamW's moments; bf16 weights; a clip as in train.py's dry run
+    clip = tokens * wan.patch_embedding.out_channels * (2 * len(wan.blocks) + 220)
+    full, small = (16 * P + clip) / 1e9, (2 * P + 16 * (lora + 2 * (P - before)) + clip) / 1e9
+    print0(f"{P / 1e9:.3f} B parameters, {(P - before) / 1e6:.1f} M of them new; {frames} frames of "
+           f"{height} x {width}: {tokens} tokens; GPU memory, about: {full:.0f} GB, with --lora "
+           f"{rank}, {lora / 1e6:.1f} M beside the two layers, {small:.0f} GB")
+
+# ---------------------------------------------------------------- clips, encoded once
+
+def find_clips(args):
+    """{key: (caption, path, first frame)} of the videos' clips, each after the other."""
+    clips, args.data = {}, Path(args.data or args.out / "videos")
+    if args.model == "tiny" and rank() == 0 and not args.data.exists():     # the sprite world
+        args.data.mkdir(parents=True)
+        for i, (clip, text) in enumerate(zip(*sprite_clips(range(8), args.frames, 32)[::2])):
+            common.write_video(args.data / f"{i}.mp4", clip, args.fps, 1)
+            common.write_text(args.data / f"{i}.txt", text)
+    barrier()
+    for name, caption in find_videos(args.data)[1]:
+        path, caption, count = args.data / name, " ".join((caption or "").split()), 0
+        with contextlib.suppress(Exception):            # whatever the decoder says of other files
+            count = int(common.open_video(path)[0]["duration"] * args.fps + .1) // args.frames
+        if not (count and caption):
+            print0(f"skipped {name}: " + ("too short, or not a video" if caption else "no caption"))
+        for start in range(0, count * args.frames if caption else 0, args.frames):
+            key = repr((name, path.stat().st_size, caption, start)).encode()
+            clips[hashlib.sha256(key).hexdigest()[:16]] = caption, path, start
+    return clips
+
+@torch.no_grad()
+def encode_clips(args):
+    """Writes DIR/clips/KEY.pt of those that are missing, each process its share: latents x and d
+    (C, T', H', W'), text y (L, D); and null.pt, the text "". Returns the keys that are there."""
+    clips, folder = {**find_clips(args), "null": ("", None, 0)}, args.out / "clips"
+    folder.mkdir(parents=True, exist_ok=True)
+    (H, W), side = args.size, max(args.size)            # the middle of a square of this side
+    missing = [key for key in sorted(clips)[rank()::common.world_size()]
+               if not (folder / f"{key}.pt").exists()]
+    if missing:
+        vae, raft, text = load_vae(args), RAFT.load().to(args.device), text_encoder(args)
+    for key in tqdm(missing, "encoding", disable=rank() > 0):
+        caption, path, start = clips[key]
+        content = {"kind": "clip", "y": text(caption)}
+        try:
+            if path:
+                video = read_clip(path, start, args.frames, args.fps, side)[None] / 255
+                video = video[..., (side - H) // 2:, (side - W) // 2:][..., :H, :W].to(args.device)
+                for name, part in (("x", video), ("d", flow_to_rgb(estimate_flow(raft, video)))):
+                    z = vae.encode(part.transpose(1, 2) * 2 - 1).latent_dist.mode()
+                    content[name] = z[0].half().cpu()
+            common.write_tensors(folder / f"{key}.pt", content)
+        except ValueError as error:
+            print0(f"skipped {path}: {error}")
+    barrier()
+    keys = [key for key in sorted(clips) if (folder / f"{key}.pt").exists() and key != "null"]
+    if not keys:
+        raise ValueError(f"{args.data}: no clip of {args.frames} frames, {args.fps} a second, in it")
+    return keys
+
+def prepare(args):
+    """Encodes the clips, writes wan.json, the run's settings, and returns the clips' keys."""
+    (H, W), path = args.size, args.out / "wan.json"
+    if args.frames % 4 != 1 or H % 16 or W % 16:
+        raise ValueError(f"{args.frames} frames of {H}x{W}: Wan's VAE takes 4n + 1 frames, such as "
+                         f"{args.frames // 4 * 4 + 1}, and sides that are multiples of 16")
+    settings = {name: vars(args)[name] for name in KEPT}
+    if path.is_file():
+        refuse_changes(args.out, common.read_json(path), settings)
+    keys = encode_clips(args)
+    if rank() == 0 and not path.is_file():
+        # the VAE's mean and deviation are those of natural video, RGB flow is mostly white
+        d = torch.stack([read_tensors(args.out / f"clips/{key}.pt", "clip")["d"]
+                         for key in keys[:256]]).float().transpose(0, 1).flatten(1)
+        vae = load_vae(args).config
+        settings["x"] = vae.latents_mean, vae.latents_std
+        settings["d"] = d.mean(1).tolist(), d.std(1).clamp(min=1e-3).tolist()
+        common.write_text(path, json.dumps(settings))
+    barrier()
+    return keys
+
+def scale_of(args, name):
+    """Mean and deviation (C, 1, 1, 1) of the latents "x" or "d"."""
+    scale = common.read_json(args.out / "wan.json", "x", "d")[name]
+    return torch.tensor(scale, device=args.device)[..., None, None, None]
+
+def read(args, key):
+    """A clip's x1, d1 and y, or the null's y alone, each with a batch axis."""
+    clip = read_tensors(args.out / f"clips/{key}.pt", "clip")
+    parts = {name: clip[name][None].float().to(args.device) for name in "xdy" if name in clip}
+    for name in parts.keys() - {"y"}:
+        mean, deviation = scale_of(args, name)
+        parts[name] = (parts[name] - mean) / deviation
+    return list(parts.values())
+
+# ---------------------------------------------------------------- training
+
+def add_gradients(args, wan, keys, null, step):
+    """The step's gradients, over this process's clips, one by one. Returns the losses of x and d."""
+    losses = torch.zeros(2, device=args.device)
+    chosen = torch.randint(len(keys), (args.batch,), generator=rng(args.seed, step))
+    for place in range(args.batch)[rank()::common.world_size()]:
+        x1, d1, y = read(args, keys[chosen[place]])
+        noise = sample_noise(x1.shape, rng(args.seed, step, place), shift=args.t_shift)
+        with autocast(args.device):
+            mse = joint_loss(velocity(wan), x1, d1, y, null, noise, "channels")
+        (mse.mean() / args.batch).backward()
+        losses += mse.detach().unflatten(1, (2, -1)).mean((0, 2)) / args.batch
+    if dist.is_initialized():
+        for part in (losses, *(p.grad for p in wan.parameters() if p.requires_grad)):
+            dist.all_reduce(part)
+    return losses.tolist()
+
+def optimizer_step(optimizer, lr_scale):
+    """AdamW's step; weights in lr_scale, {weight: factors}, go so many times as far."""
+    before = {weight: weight.detach().clone() for weight in lr_scale}
+    optimizer.step()
+    for weight, factors in lr_scale.items():
+        weight.data = torch.lerp(before[weight], weight.data, factors)
+
+def train(args):
+    keys, wan, step = prepare(args), load_widened(args), 0
+    print_sizes(REAL if args.model == "tiny" else {name: wan.config[name] for name in REAL},
+                args.frames, *args.size, args.lora or 32)
+    (null,), C, path = read(args, "null"), wan.config.out_channels // 2, args.out / "checkpoint.pt"
+    weights = {name: weight for name, weight in wan.named_parameters() if weight.requires_grad}
+    optimizer = torch.optim.AdamW(weights.values(), args.lr, weight_decay=0)
+    lr_scale = {weight: torch.where(new_entries(weight, axis, C, channel_last), MOTION_LR_SCALE, 1.)
+                .to(args.device) for weight, axis, channel_last in (
+        (wan.patch_embedding.weight, 1, False), (wan.proj_out.weight, 0, True),
+        (wan.proj_out.bias, 0, True))}
+    if path.exists():
+        state = read_tensors(path, "wan")
+        step = state["step"]
+        wan.load_state_dict(state["weights"], strict=False)
+        optimizer.load_state_dict(state["optimizer"])
+    with stop_signals() as stop, tqdm(total=args.steps, initial=step, desc="VideoJAM",
+                                      disable=rank() > 0) as bar:
+        saved = time.time()
+        while step < args.steps:
+            loss_x, loss_d = add_gradients(args, wan, keys, null, step)
+            step += 1
+            optimizer.param_groups[0]["lr"] = args.lr * min(1, step / 100)
+            if torch.nn.utils.clip_grad_norm_(weights.values(), 1.).isfinite():
+                optimizer_step(optimizer, lr_scale)
+            optimizer.zero_grad()
+            bar.update()
+            bar.set_postfix(loss_x=f"{loss_x:.3f}", loss_d=f"{loss_d:.3f}")
+            show = step % max(1, args.steps // 5) == 0
+            stopping, late = common.any_rank(args.device, bool(stop),
+                                             time.time() > saved + CHECKPOINT_SECONDS)
+            if rank() == 0 and (show or stopping or late):
+                common.write_tensors(path, {"kind": "wan", "step": step, "weights": weights,
+                                            "optimizer": optimizer.state_dict()})
+                saved = time.time()
+            if stopping:
+                raise ValueError(f"stopped at step {step}: the same command goes on")
+            if rank() == 0 and show:
+                (args.out / "previews").mkdir(exist_ok=True)
+                shown = generate(args, wan.eval(), read(args, keys[0])[2], null, 20)
+                common.write_video(args.out / f"previews/{step:06d}.mp4",
+                                   common.grid(*(part[None] for part in shown)), args.fps)
+                wan.train()
+            barrier()
+    if rank() == 0:
+        if args.lora:
+            wan.fuse_lora()
+            wan.unload_lora()
+        wan.save_pretrained(args.out / "transformer")
+        print0(f"{args.out}: {step} steps; python examples/wan.py sample {args.out} PROMPT")
+
+# ---------------------------------------------------------------- sampling
+
+@torch.no_grad()
+def generate(args, wan, y, null, steps, w1=5., w2=3., seed=0, one_by_one=True):
+    """Text y and null (1, L, D) -> the video and its RGB motion, (T, 3, H, W) in [0, 1] each."""
+    C, (H, W), vae = wan.config.out_channels // 2, args.size, load_vae(args)
+    noise = torch.randn(2, 1, C, (args.frames + 3) // 4, H // 8, W // 8,
+                        generator=torch.Generator().manual_seed(seed)).to(args.device)
+    with autocast(args.device):
+        latents = euler_sample(velocity(wan, one_by_one), *noise, y, linear_quadratic(steps), w1, w2,
+                               null=null, progress="sampling")
+    videos = []
+    for name, z in zip("xd", latents):
+        mean, deviation = scale_of(args, name)
+        videos.append(vae.decode(z * deviation + mean).sample[0].transpose(0, 1) / 2 + .5)
+    return videos
+
+def sample(args):
+    """Writes a prompt's video, and its motion beside it."""
+    settings = common.read_json(args.out / "wan.json", *KEPT)
+    run = argparse.Namespace(**{**settings, "out": args.out, "device": args.device})
+    wan = load(WanTransformer3DModel, args.out / "transformer",
+               torch_dtype=fast_dtype(args.device)).to(args.device)
+    encode = text_encoder(run)
+    y, null = (encode(text)[None].float().to(args.device) for text in (args.prompt, ""))
+    del encode                              # a large model
+    shown = generate(run, wan, y, null, args.steps, args.w1, args.w2, args.seed, args.one_by_one)
+    for name, video in zip(("", "-motion"), shown):
+        path = args.file.with_stem(args.file.stem + name)
+        common.write_video(path, video, run.fps)
+        print(path)
+
+def size(text):
+    """An argparse type: HEIGHTxWIDTH -> [height, width]."""
+    height, width = map(int, text.split("x"))
+    return [height, width]
+
+def parse():
+    parser, whole = common.Parser(description=__doc__.splitlines()[0]), common.positive_int
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("train")
+    flag = command.add_argument
+    flag("--model", default="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", help="folder, or the hub's name")
+    flag("--data", help="folder of videos")
+    flag("--out", help="the run's folder")
+    flag("--size", type=size, default="480x832", help="of the middle square's middle")
+    flag("--frames", type=whole, default=81)
+    flag("--fps", type=whole, default=16)
+    flag("--lora", type=whole, metavar="RANK", help="train adapters and the two layers alone")
+    flag("--steps", type=whole, default=5000, help="with fewer than are done, it ends now")
+    flag("--lr", type=common.positive, default=5e-6, help="the paper's; take more for adapters")
+    flag("--batch", type=whole, default=32, help="clips a step, of all processes together")
+    flag("--t-shift", type=common.positive, default=3., help="above 1: more t near noise")
+    command.set_defaults(main=train)
+    if "--tiny" in sys.argv:
+        command.set_defaults(model="tiny", size=[32, 32], frames=9, fps=8, lr=1e-3, steps=20, batch=4)
+    command = commands.add_parser("sample")
+    flag = command.add_argument
+    flag("out", nargs="?", help="the run's folder")
+    flag("prompt")
+    flag("--file", type=Path, default="wan.mp4", help="and NAME-motion.mp4 beside it")
+    flag("--steps", type=whole, default=100)
+    flag("--w1", type=float, default=5)
+    flag("--w2", type=float, default=3)
+    flag("--one-by-one", action="store_true", help="Eq. 8's terms in turn: less memory")
+    command.set_defaults(main=sample)
+    for command in commands.choices.values():
+        command.add_argument("--tiny", action="store_true", help="a random model")
+        command.add_argument("--seed", type=common.seed, default=0)
+        command.add_argument("--device", help="default: a GPU if there is one")
+    args = parser.parse_args()
+    args.out = Path(args.out or f"runs/wan{'-tiny' * args.tiny}")
+    if args.main is train and not (args.data or args.tiny):
+        raise ValueError("no videos: --data FOLDER")
+    args.device = common.join_processes(common.device_of(args.device))
+    return args
+
+def main():
+    logging.set_verbosity_error()           # diffusers': our errors are one line
+    logging.disable_progress_bar()
+    args = parse()
+    args.main(args)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+if __name__ == "__main__":
+    common.report_errors(main)
