@@ -7,11 +7,11 @@
     python examples/wan.py train --tiny && python examples/wan.py sample --tiny "a red square"
 
 --tiny: the same lines with a random model of two layers, on a CPU in a minute. FOLDER is laid out
-as for train.py. DIR gets clips/, encoded once; checkpoint.pt, from which the same command goes on;
-previews/; and at the end transformer/, which WanTransformer3DModel.from_pretrained loads.
+as for train.py; of each video the first clips are taken, CLIPS at most, of the middle square. DIR
+gets clips/, encoded once; checkpoint.pt, from which the same command goes on; previews/; and at the
+end transformer/, which WanTransformer3DModel.from_pretrained loads.
 """
 import argparse
-import contextlib
 import hashlib
 import json
 import sys
@@ -43,7 +43,7 @@ TINY = {WanTransformer3DModel: {
                            "latents_mean": [0.] * 4, "latents_std": [1.] * 4}}
 ADAPTED = ["to_q", "to_k", "to_v", "to_out.0"]              # the layers that get LoRA's adapters
 KEPT = "model", "size", "frames", "fps", "lora", "lr", "batch", "t_shift", "seed"
-CHECKPOINT_SECONDS = 600
+CLIPS, CHECKPOINT_SECONDS = 16, 600
 
 # ---------------------------------------------------------------- the models
 
@@ -75,12 +75,11 @@ def text_encoder(args):
                                              max_sequence_length=512)[0][0].cpu()
 
 def add_motion(wan):
-    """Sec. 4.2 for Wan's two layers. Its config learns of it, so that from_pretrained does too. An
-    image-to-video model has others beside x: it then takes [x, d, others]."""
-    C, C_in = wan.config.out_channels, wan.config.in_channels
-    wan.patch_embedding = widen_input(wan.patch_embedding, C, channel_last=False, others=C_in - C)
+    """Sec. 4.2 for Wan's two layers. Its config learns of it, so that from_pretrained does too."""
+    C = wan.config.out_channels
+    wan.patch_embedding = widen_input(wan.patch_embedding, C, channel_last=False)
     wan.proj_out = widen_output(wan.proj_out, C, channel_last=True)
-    wan.register_to_config(in_channels=C_in + C, out_channels=2 * C)
+    wan.register_to_config(in_channels=2 * C, out_channels=2 * C)
     return wan
 
 def velocity(wan, one_by_one=False):
@@ -94,15 +93,12 @@ def velocity(wan, one_by_one=False):
 def load_widened(args):
     """Wan with motion, checked, with adapters for --lora. What learns is in fp32: bf16 would round
     steps of 5e-6 away."""
-    dtype = fast_dtype(args.device) if args.lora else torch.float32
-    wan = load(WanTransformer3DModel, args.model, subfolder="transformer", torch_dtype=dtype)
-    wan, C, L = wan.to(args.device), wan.config.out_channels, wan.config.text_dim
-    if wan.config.in_channels != C:
-        raise ValueError(f"--model {args.model}: takes {wan.config.in_channels} channels and gives "
-                         f"{C}: only text-to-video models are trained here")
+    wan = load(WanTransformer3DModel, args.model, subfolder="transformer", torch_dtype=fast_dtype(
+        args.device) if args.lora else torch.float32).to(args.device)
     torch.manual_seed(args.seed)
     probe = [part.to(args.device) for part in (
-        torch.randn(1, C, 1, 8, 8), torch.full((1,), .5), torch.randn(1, 8, L))]
+        torch.randn(1, wan.config.out_channels, 1, 8, 8), torch.full((1,), .5),
+        torch.randn(1, 8, wan.config.text_dim))]
     with torch.no_grad(), autocast(args.device):
         before = velocity(wan)(*probe)
         check_velocity(before, velocity(add_motion(wan)), *probe)
@@ -112,12 +108,12 @@ def load_widened(args):
         wan.add_adapter(peft.LoraConfig(args.lora, lora_alpha=args.lora, target_modules=ADAPTED))
         for part in (wan.patch_embedding, wan.proj_out):
             part.requires_grad_(True)
-        for weight in wan.parameters():
-            weight.data = weight.data.float() if weight.requires_grad else weight.data
+        for weight in filter(lambda weight: weight.requires_grad, wan.parameters()):
+            weight.data = weight.data.float()
     wan.enable_gradient_checkpointing()
     return wan.train()
 
-def print_sizes(config, frames, height, width, rank=32):
+def print_sizes(config, frames=81, height=480, width=832, rank=32):
     """Prints what training takes, with and without LoRA of a rank. Nothing is computed."""
     with torch.device("meta"):
         wan = WanTransformer3DModel(**config)
@@ -125,68 +121,73 @@ def print_sizes(config, frames, height, width, rank=32):
         P = sum(p.numel() for p in add_motion(wan).parameters())
     lora = rank * sum(sum(layer.weight.shape) for name, layer in wan.named_modules()
                       if name.endswith(tuple(ADAPTED)))
-    tokens = (frames + 3) // 4 * height * width // 256
-    # fp32 weights, gradients and AdamW's moments; bf16 weights; a clip as in train.py's dry run
-    clip = tokens * wan.patch_embedding.out_channels * (2 * len(wan.blocks) + 220)
+    # a clip as in train.py's dry run; fp32 weights, gradients, AdamW's moments; or bf16 weights
+    clip = (frames + 3) // 4 * height * width // 256 * wan.patch_embedding.out_channels * (
+        2 * len(wan.blocks) + 220)
     full, small = (16 * P + clip) / 1e9, (2 * P + 16 * (lora + 2 * (P - before)) + clip) / 1e9
-    print0(f"{P / 1e9:.3f} B parameters, {(P - before) / 1e6:.1f} M of them new; {frames} frames of "
-           f"{height} x {width}: {tokens} tokens; GPU memory, about: {full:.0f} GB, with --lora "
-           f"{rank}, {lora / 1e6:.1f} M beside the two layers, {small:.0f} GB")
+    print0(f"{P / 1e9:.3f} B parameters, {(P - before) / 1e6:.1f} M of them new. With {frames} "
+           f"frames of {height}x{width} a GPU needs {full:.0f} GB, about, with --lora {rank} "
+           f"({lora / 1e6:.1f} M, and the two layers) {small:.0f} GB")
 
 # ---------------------------------------------------------------- clips, encoded once
 
-def find_clips(args):
-    """{key: (caption, path, first frame)} of the videos' clips, each after the other."""
-    clips, args.data = {}, Path(args.data or args.out / "videos")
-    if args.model == "tiny" and rank() == 0 and not args.data.exists():     # the sprite world
-        args.data.mkdir(parents=True)
+def write_sprites(args):
+    """--tiny without --data: a folder of the sprite world's clips."""
+    folder = args.out / "videos"
+    if rank() == 0 and not folder.exists():
+        folder.mkdir(parents=True)
         for i, (clip, text) in enumerate(zip(*sprite_clips(range(8), args.frames, 32)[::2])):
-            common.write_video(args.data / f"{i}.mp4", clip, args.fps, 1)
-            common.write_text(args.data / f"{i}.txt", text)
+            common.write_video(folder / f"{i}.mp4", clip, args.fps, 1)
+            common.write_text(folder / f"{i}.txt", text)
     barrier()
-    for name, caption in find_videos(args.data)[1]:
-        path, caption, count = args.data / name, " ".join((caption or "").split()), 0
-        with contextlib.suppress(Exception):            # whatever the decoder says of other files
-            count = int(common.open_video(path)[0]["duration"] * args.fps + .1) // args.frames
-        if not (count and caption):
-            print0(f"skipped {name}: " + ("too short, or not a video" if caption else "no caption"))
-        for start in range(0, count * args.frames if caption else 0, args.frames):
-            key = repr((name, path.stat().st_size, caption, start)).encode()
-            clips[hashlib.sha256(key).hexdigest()[:16]] = caption, path, start
-    return clips
+    return folder
 
 @torch.no_grad()
-def encode_clips(args):
-    """Writes DIR/clips/KEY.pt of those that are missing, each process its share: latents x and d
-    (C, T', H', W'), text y (L, D); and null.pt, the text "". Returns the keys that are there."""
-    clips, folder = {**find_clips(args), "null": ("", None, 0)}, args.out / "clips"
+def encode_videos(args):
+    """Writes DIR/clips/KEY.pt of the videos that have none, each process its share: text y (L, D),
+    latents x and d (clips, C, T', H', W'). null.pt has y alone, of "". Returns the videos' keys."""
+    folder, (H, W), side, videos = args.out / "clips", args.size, max(args.size), {}
     folder.mkdir(parents=True, exist_ok=True)
-    (H, W), side = args.size, max(args.size)            # the middle of a square of this side
-    missing = [key for key in sorted(clips)[rank()::common.world_size()]
-               if not (folder / f"{key}.pt").exists()]
-    if missing:
+    for name, caption in find_videos(args.data)[1]:
+        path = Path(args.data) / name
+        key = repr((name, caption, path.is_file() and path.stat().st_size)).encode()
+        videos[hashlib.sha256(key).hexdigest()[:16]] = path, caption
+    share = sorted({**videos, "null": None})[rank()::common.world_size()]
+    if missing := [key for key in share if not (folder / f"{key}.pt").exists()]:
         vae, raft, text = load_vae(args), RAFT.load().to(args.device), text_encoder(args)
     for key in tqdm(missing, "encoding", disable=rank() > 0):
-        caption, path, start = clips[key]
-        content = {"kind": "clip", "y": text(caption)}
-        try:
-            if path:
-                video = read_clip(path, start, args.frames, args.fps, side)[None] / 255
-                video = video[..., (side - H) // 2:, (side - W) // 2:][..., :H, :W].to(args.device)
-                for name, part in (("x", video), ("d", flow_to_rgb(estimate_flow(raft, video)))):
-                    z = vae.encode(part.transpose(1, 2) * 2 - 1).latent_dist.mode()
-                    content[name] = z[0].half().cpu()
-            common.write_tensors(folder / f"{key}.pt", content)
-        except ValueError as error:
-            print0(f"skipped {path}: {error}")
+        path, caption = videos.get(key, (None, ""))
+        latents, reason = [], "no caption"
+        while path and caption and len(latents) < CLIPS:
+            try:
+                video = read_clip(path, len(latents) * args.frames, args.frames, args.fps, side)
+            except ValueError as error:                 # its end, if not at the start
+                reason = error
+                break
+            video = video[None, ..., (side - H) // 2:, (side - W) // 2:][..., :H, :W] / 255
+            both = torch.cat([video.to(args.device), flow_to_rgb(estimate_flow(raft, video))])
+            z = vae.encode(both.transpose(1, 2) * 2 - 1).latent_dist.mode()
+            latents.append(z.half().cpu())
+        if latents or not path:
+            content = dict(zip("xd", torch.stack(latents, 1))) if path else {}
+            common.write_tensors(folder / f"{key}.pt", {"kind": "clips", "y": text(caption), **content})
+        else:
+            print0(f"skipped {path}: {reason}")
     barrier()
-    keys = [key for key in sorted(clips) if (folder / f"{key}.pt").exists() and key != "null"]
+    keys = [key for key in sorted(videos) if (folder / f"{key}.pt").exists()]
     if not keys:
-        raise ValueError(f"{args.data}: no clip of {args.frames} frames, {args.fps} a second, in it")
+        raise ValueError(f"{args.data}: none of its {len(videos)} videos can be used")
     return keys
 
+def read(args, key, clip=0):
+    """Clip number `clip`, modulo their number: x1, d1 and y, with a batch axis; of "null" y."""
+    content = read_tensors(args.out / f"clips/{key}.pt", "clips")
+    latents = [((content[name][clip % len(content[name])].float() - mean) / deviation)[None]
+               for name, (mean, deviation) in args.scale.items() if name in content]
+    return [part.to(args.device) for part in (*latents, content["y"][None].float())]
+
 def prepare(args):
-    """Encodes the clips, writes wan.json, the run's settings, and returns the clips' keys."""
+    """Encodes the videos, writes wan.json, the run's settings, and returns the videos' keys."""
     (H, W), path = args.size, args.out / "wan.json"
     if args.frames % 4 != 1 or H % 16 or W % 16:
         raise ValueError(f"{args.frames} frames of {H}x{W}: Wan's VAE takes 4n + 1 frames, such as "
@@ -194,11 +195,11 @@ def prepare(args):
     settings = {name: vars(args)[name] for name in KEPT}
     if path.is_file():
         refuse_changes(args.out, common.read_json(path), settings)
-    keys = encode_clips(args)
+    keys = encode_videos(args)
     if rank() == 0 and not path.is_file():
-        # the VAE's mean and deviation are those of natural video, RGB flow is mostly white
-        d = torch.stack([read_tensors(args.out / f"clips/{key}.pt", "clip")["d"]
-                         for key in keys[:256]]).float().transpose(0, 1).flatten(1)
+        # the VAE's mean and deviation are of natural video; RGB flow is mostly white
+        d = torch.cat([read_tensors(args.out / f"clips/{key}.pt", "clips")["d"]
+                       for key in keys[:64]]).float().transpose(0, 1).flatten(1)
         vae = load_vae(args).config
         settings["x"] = vae.latents_mean, vae.latents_std
         settings["d"] = d.mean(1).tolist(), d.std(1).clamp(min=1e-3).tolist()
@@ -206,33 +207,26 @@ def prepare(args):
     barrier()
     return keys
 
-def scale_of(args, name):
-    """Mean and deviation (C, 1, 1, 1) of the latents "x" or "d"."""
-    scale = common.read_json(args.out / "wan.json", "x", "d")[name]
-    return torch.tensor(scale, device=args.device)[..., None, None, None]
-
-def read(args, key):
-    """A clip's x1, d1 and y, or the null's y alone, each with a batch axis."""
-    clip = read_tensors(args.out / f"clips/{key}.pt", "clip")
-    parts = {name: clip[name][None].float().to(args.device) for name in "xdy" if name in clip}
-    for name in parts.keys() - {"y"}:
-        mean, deviation = scale_of(args, name)
-        parts[name] = (parts[name] - mean) / deviation
-    return list(parts.values())
+def read_settings(args):
+    """args with wan.json's; scale: {"x": mean and deviation (C, 1, 1, 1), "d": ...}."""
+    settings = common.read_json(args.out / "wan.json", *KEPT, "x", "d")
+    scale = {name: torch.tensor(settings[name])[..., None, None, None] for name in "xd"}
+    return argparse.Namespace(**{**settings, "out": args.out, "device": args.device, "scale": scale})
 
 # ---------------------------------------------------------------- training
 
 def add_gradients(args, wan, keys, null, step):
-    """The step's gradients, over this process's clips, one by one. Returns the losses of x and d."""
-    losses = torch.zeros(2, device=args.device)
-    chosen = torch.randint(len(keys), (args.batch,), generator=rng(args.seed, step))
+    """Gradients of a step over this process's clips, one by one. Returns the losses of x and d."""
+    losses, C = torch.zeros(2, device=args.device), wan.config.out_channels // 2
     for place in range(args.batch)[rank()::common.world_size()]:
-        x1, d1, y = read(args, keys[chosen[place]])
-        noise = sample_noise(x1.shape, rng(args.seed, step, place), shift=args.t_shift)
+        generator = rng(args.seed, step, place)
+        video, clip = torch.randint(2 ** 40, (2,), generator=generator).tolist()
+        x1, d1, y = read(args, keys[video % len(keys)], clip)
+        noise = sample_noise(x1.shape, generator, shift=args.t_shift)
         with autocast(args.device):
             mse = joint_loss(velocity(wan), x1, d1, y, null, noise, "channels")
         (mse.mean() / args.batch).backward()
-        losses += mse.detach().unflatten(1, (2, -1)).mean((0, 2)) / args.batch
+        losses += mse.detach().view(2, C).mean(1) / args.batch
     if dist.is_initialized():
         for part in (losses, *(p.grad for p in wan.parameters() if p.requires_grad)):
             dist.all_reduce(part)
@@ -246,9 +240,11 @@ def optimizer_step(optimizer, lr_scale):
         weight.data = torch.lerp(before[weight], weight.data, factors)
 
 def train(args):
-    keys, wan, step = prepare(args), load_widened(args), 0
-    print_sizes(REAL if args.model == "tiny" else {name: wan.config[name] for name in REAL},
-                args.frames, *args.size, args.lora or 32)
+    args.data = args.data or write_sprites(args)
+    keys, wan, step, steps = prepare(args), load_widened(args), 0, args.steps
+    print_sizes(REAL) if args.model == "tiny" else print_sizes(
+        {name: wan.config[name] for name in REAL}, args.frames, *args.size, args.lora or 32)
+    args = read_settings(args)
     (null,), C, path = read(args, "null"), wan.config.out_channels // 2, args.out / "checkpoint.pt"
     weights = {name: weight for name, weight in wan.named_parameters() if weight.requires_grad}
     optimizer = torch.optim.AdamW(weights.values(), args.lr, weight_decay=0)
@@ -261,10 +257,9 @@ def train(args):
         step = state["step"]
         wan.load_state_dict(state["weights"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
-    with stop_signals() as stop, tqdm(total=args.steps, initial=step, desc="VideoJAM",
-                                      disable=rank() > 0) as bar:
-        saved = time.time()
-        while step < args.steps:
+    saved, bar = time.time(), tqdm(total=steps, initial=step, desc="VideoJAM", disable=rank() > 0)
+    with stop_signals() as stop, bar:
+        while step < steps:
             loss_x, loss_d = add_gradients(args, wan, keys, null, step)
             step += 1
             optimizer.param_groups[0]["lr"] = args.lr * min(1, step / 100)
@@ -273,7 +268,7 @@ def train(args):
             optimizer.zero_grad()
             bar.update()
             bar.set_postfix(loss_x=f"{loss_x:.3f}", loss_d=f"{loss_d:.3f}")
-            show = step % max(1, args.steps // 5) == 0
+            show = step % max(1, steps // 5) == 0
             stopping, late = common.any_rank(args.device, bool(stop),
                                              time.time() > saved + CHECKPOINT_SECONDS)
             if rank() == 0 and (show or stopping or late):
@@ -290,7 +285,7 @@ def train(args):
                 wan.train()
             barrier()
     if rank() == 0:
-        if args.lora:
+        if args.lora:                       # adapters become part of the weights
             wan.fuse_lora()
             wan.unload_lora()
         wan.save_pretrained(args.out / "transformer")
@@ -305,18 +300,15 @@ def generate(args, wan, y, null, steps, w1=5., w2=3., seed=0, one_by_one=True):
     noise = torch.randn(2, 1, C, (args.frames + 3) // 4, H // 8, W // 8,
                         generator=torch.Generator().manual_seed(seed)).to(args.device)
     with autocast(args.device):
-        latents = euler_sample(velocity(wan, one_by_one), *noise, y, linear_quadratic(steps), w1, w2,
-                               null=null, progress="sampling")
-    videos = []
-    for name, z in zip("xd", latents):
-        mean, deviation = scale_of(args, name)
-        videos.append(vae.decode(z * deviation + mean).sample[0].transpose(0, 1) / 2 + .5)
-    return videos
+        latents = euler_sample(velocity(wan, one_by_one), *noise, y, linear_quadratic(steps), w1,
+                               w2, null=null, progress="sampling")
+    latents = [z.cpu() * deviation + mean for z, (mean, deviation) in zip(
+        latents, args.scale.values())]
+    return [vae.decode(z.to(args.device)).sample[0].transpose(0, 1) / 2 + .5 for z in latents]
 
 def sample(args):
     """Writes a prompt's video, and its motion beside it."""
-    settings = common.read_json(args.out / "wan.json", *KEPT)
-    run = argparse.Namespace(**{**settings, "out": args.out, "device": args.device})
+    run = read_settings(args)
     wan = load(WanTransformer3DModel, args.out / "transformer",
                torch_dtype=fast_dtype(args.device)).to(args.device)
     encode = text_encoder(run)
@@ -336,24 +328,19 @@ def size(text):
 def parse():
     parser, whole = common.Parser(description=__doc__.splitlines()[0]), common.positive_int
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("train")
-    flag = command.add_argument
+    flag = commands.add_parser("train").add_argument
     flag("--model", default="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", help="folder, or the hub's name")
     flag("--data", help="folder of videos")
     flag("--out", help="the run's folder")
-    flag("--size", type=size, default="480x832", help="of the middle square's middle")
+    flag("--size", type=size, default="480x832")
     flag("--frames", type=whole, default=81)
     flag("--fps", type=whole, default=16)
     flag("--lora", type=whole, metavar="RANK", help="train adapters and the two layers alone")
     flag("--steps", type=whole, default=5000, help="with fewer than are done, it ends now")
-    flag("--lr", type=common.positive, default=5e-6, help="the paper's; take more for adapters")
+    flag("--lr", type=common.positive, default=5e-6, help="the paper's; adapters take more")
     flag("--batch", type=whole, default=32, help="clips a step, of all processes together")
     flag("--t-shift", type=common.positive, default=3., help="above 1: more t near noise")
-    command.set_defaults(main=train)
-    if "--tiny" in sys.argv:
-        command.set_defaults(model="tiny", size=[32, 32], frames=9, fps=8, lr=1e-3, steps=20, batch=4)
-    command = commands.add_parser("sample")
-    flag = command.add_argument
+    flag = commands.add_parser("sample").add_argument
     flag("out", nargs="?", help="the run's folder")
     flag("prompt")
     flag("--file", type=Path, default="wan.mp4", help="and NAME-motion.mp4 beside it")
@@ -361,14 +348,16 @@ def parse():
     flag("--w1", type=float, default=5)
     flag("--w2", type=float, default=3)
     flag("--one-by-one", action="store_true", help="Eq. 8's terms in turn: less memory")
-    command.set_defaults(main=sample)
     for command in commands.choices.values():
         command.add_argument("--tiny", action="store_true", help="a random model")
         command.add_argument("--seed", type=common.seed, default=0)
         command.add_argument("--device", help="default: a GPU if there is one")
+    if "--tiny" in sys.argv:
+        commands.choices["train"].set_defaults(model="tiny", size=[32, 32], frames=9, fps=8,
+                                               lr=1e-3, steps=20, batch=4)
     args = parser.parse_args()
     args.out = Path(args.out or f"runs/wan{'-tiny' * args.tiny}")
-    if args.main is train and not (args.data or args.tiny):
+    if args.command == "train" and not (args.data or args.tiny):
         raise ValueError("no videos: --data FOLDER")
     args.device = common.join_processes(common.device_of(args.device))
     return args
@@ -377,7 +366,7 @@ def main():
     logging.set_verbosity_error()           # diffusers': our errors are one line
     logging.disable_progress_bar()
     args = parse()
-    args.main(args)
+    {"train": train, "sample": sample}[args.command](args)
     if dist.is_initialized():
         dist.destroy_process_group()
 
