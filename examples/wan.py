@@ -1,15 +1,15 @@
 """VideoJAM for Wan 2.1 text-to-video, for people who have its weights.
 
-    pip install -r requirements.txt diffusers transformers accelerate ftfy      and peft for --lora
+    pip install -r requirements.txt "diffusers>=0.42" transformers accelerate ftfy
     python examples/wan.py train --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --data FOLDER --out DIR
     torchrun --nproc_per_node=8 examples/wan.py train ...       each process has the whole model
     python examples/wan.py sample DIR "a dog runs along a beach"
     python examples/wan.py train --tiny && python examples/wan.py sample --tiny "a red square"
 
 --tiny: the same lines with a random model of two layers, on a CPU in a minute. FOLDER is laid out
-as for train.py; of each video the first clips are taken, CLIPS at most, of the middle square. DIR
-gets clips/, encoded once; checkpoint.pt, from which the same command goes on; previews/; and at the
-end transformer/, which WanTransformer3DModel.from_pretrained loads.
+as for train.py; of each video the beginning is taken, and of its middle square the middle. DIR gets
+clips/, encoded once; checkpoint.pt, from which the same command goes on; previews/; and at the end
+transformer/, which WanTransformer3DModel.from_pretrained loads. (--lora needs peft.)
 """
 import argparse
 import hashlib
@@ -43,7 +43,7 @@ TINY = {WanTransformer3DModel: {
                            "latents_mean": [0.] * 4, "latents_std": [1.] * 4}}
 ADAPTED = ["to_q", "to_k", "to_v", "to_out.0"]              # the layers that get LoRA's adapters
 KEPT = "model", "size", "frames", "fps", "lora", "lr", "batch", "t_shift", "seed"
-CLIPS, CHECKPOINT_SECONDS = 16, 600
+CHECKPOINT_SECONDS = 600
 
 # ---------------------------------------------------------------- the models
 
@@ -61,7 +61,7 @@ def load(kind, name, **options):
                          f"for diffusers ({common.one_line(error)})") from None
 
 def load_vae(args):
-    vae = load(AutoencoderKLWan, args.model, subfolder="vae", torch_dtype=torch.float32)
+    vae = load(AutoencoderKLWan, args.model, subfolder="vae", dtype=torch.float32)
     return vae.to(args.device).eval().requires_grad_(False)
 
 def text_encoder(args):
@@ -70,7 +70,7 @@ def text_encoder(args):
         table = torch.randn(256, 32, generator=rng("text"))
         return lambda prompt: table[list(prompt.encode().ljust(40)[:40])]
     pipe = load(WanPipeline, args.model, transformer=None, vae=None,
-                torch_dtype=fast_dtype(args.device)).to(args.device)
+                dtype=fast_dtype(args.device)).to(args.device)
     return lambda prompt: pipe.encode_prompt(prompt, do_classifier_free_guidance=False,
                                              max_sequence_length=512)[0][0].cpu()
 
@@ -93,8 +93,10 @@ def velocity(wan, one_by_one=False):
 def load_widened(args):
     """Wan with motion, checked, with adapters for --lora. What learns is in fp32: bf16 would round
     steps of 5e-6 away."""
-    wan = load(WanTransformer3DModel, args.model, subfolder="transformer", torch_dtype=fast_dtype(
-        args.device) if args.lora else torch.float32).to(args.device)
+    dtype = fast_dtype(args.device) if args.lora else torch.float32
+    wan = load(WanTransformer3DModel, args.model, subfolder="transformer", dtype=dtype)
+    wan = wan.to(args.device)
+    print_sizes(wan.config, args)
     torch.manual_seed(args.seed)
     probe = [part.to(args.device) for part in (
         torch.randn(1, wan.config.out_channels, 1, 8, 8), torch.full((1,), .5),
@@ -105,7 +107,7 @@ def load_widened(args):
     if args.lora:
         import peft                         # needed here alone
         wan.requires_grad_(False)
-        wan.add_adapter(peft.LoraConfig(args.lora, lora_alpha=args.lora, target_modules=ADAPTED))
+        wan.add_adapter(peft.LoraConfig(r=args.lora, lora_alpha=args.lora, target_modules=ADAPTED))
         for part in (wan.patch_embedding, wan.proj_out):
             part.requires_grad_(True)
         for weight in filter(lambda weight: weight.requires_grad, wan.parameters()):
@@ -113,78 +115,74 @@ def load_widened(args):
     wan.enable_gradient_checkpointing()
     return wan.train()
 
-def print_sizes(config, frames=81, height=480, width=832, rank=32):
-    """Prints what training takes, with and without LoRA of a rank. Nothing is computed."""
+def print_sizes(config, args):
+    """Prints what training takes, with and without LoRA. Nothing is computed."""
+    rank, (H, W), frames = args.lora or 32, args.size, args.frames
+    if args.model == "tiny":
+        config, H, W, frames = REAL, 480, 832, 81
     with torch.device("meta"):
-        wan = WanTransformer3DModel(**config)
-        before = sum(p.numel() for p in wan.parameters())
-        P = sum(p.numel() for p in add_motion(wan).parameters())
+        wan = WanTransformer3DModel.from_config(config)
+    before = sum(p.numel() for p in wan.parameters())
+    P = sum(p.numel() for p in add_motion(wan).parameters())
     lora = rank * sum(sum(layer.weight.shape) for name, layer in wan.named_modules()
                       if name.endswith(tuple(ADAPTED)))
-    # a clip as in train.py's dry run; fp32 weights, gradients, AdamW's moments; or bf16 weights
-    clip = (frames + 3) // 4 * height * width // 256 * wan.patch_embedding.out_channels * (
-        2 * len(wan.blocks) + 220)
-    full, small = (16 * P + clip) / 1e9, (2 * P + 16 * (lora + 2 * (P - before)) + clip) / 1e9
-    print0(f"{P / 1e9:.3f} B parameters, {(P - before) / 1e6:.1f} M of them new. With {frames} "
-           f"frames of {height}x{width} a GPU needs {full:.0f} GB, about, with --lora {rank} "
-           f"({lora / 1e6:.1f} M, and the two layers) {small:.0f} GB")
+    width, tokens = wan.patch_embedding.out_channels, (frames + 3) // 4 * H * W // 256
+    clip = tokens * width * (2 * len(wan.blocks) + 220)         # bytes, as train.py estimates them
+    # fp32: weights, gradients and AdamW's moments; bf16: weights that are not trained
+    full, small = 16 * P + clip, 2 * P + 16 * (lora + 2 * (P - before)) + clip
+    print0(f"{P / 1e9:.3f} B parameters, {(P - before) / 1e6:.1f} M of them new. A GPU needs about "
+           f"{full / 1e9:.0f} GB for {frames} frames of {H}x{W}, with --lora {rank} "
+           f"({lora / 1e6:.1f} M and the two layers are trained) {small / 1e9:.0f} GB")
 
 # ---------------------------------------------------------------- clips, encoded once
 
-def write_sprites(args):
-    """--tiny without --data: a folder of the sprite world's clips."""
-    folder = args.out / "videos"
-    if rank() == 0 and not folder.exists():
-        folder.mkdir(parents=True)
-        for i, (clip, text) in enumerate(zip(*sprite_clips(range(8), args.frames, 32)[::2])):
-            common.write_video(folder / f"{i}.mp4", clip, args.fps, 1)
-            common.write_text(folder / f"{i}.txt", text)
-    barrier()
-    return folder
+def write_sprites(folder, frames, fps):
+    """A folder of the sprite world's clips, for --tiny without --data."""
+    folder.mkdir(parents=True, exist_ok=True)
+    video, _, captions, _ = sprite_clips(range(8), frames, 32)
+    for i, (clip, caption) in enumerate(zip(video, captions)):
+        common.write_video(folder / f"{i}.mp4", clip, fps, 1)
+        common.write_text(folder / f"{i}.txt", caption)
 
 @torch.no_grad()
 def encode_videos(args):
     """Writes DIR/clips/KEY.pt of the videos that have none, each process its share: text y (L, D),
-    latents x and d (clips, C, T', H', W'). null.pt has y alone, of "". Returns the videos' keys."""
-    folder, (H, W), side, videos = args.out / "clips", args.size, max(args.size), {}
+    latents x and d (C, T', H', W'), not scaled. null.pt has y alone, of "". Returns the keys."""
+    folder, (H, W), side, videos = args.out / "clips", args.size, max(args.size), {"null": ("", "")}
     folder.mkdir(parents=True, exist_ok=True)
     for name, caption in find_videos(args.data)[1]:
         path = Path(args.data) / name
         key = repr((name, caption, path.is_file() and path.stat().st_size)).encode()
-        videos[hashlib.sha256(key).hexdigest()[:16]] = path, caption
-    share = sorted({**videos, "null": None})[rank()::common.world_size()]
+        videos[hashlib.sha256(key).hexdigest()[:16]] = path, caption or ""
+    share = sorted(videos)[rank()::common.world_size()]
     if missing := [key for key in share if not (folder / f"{key}.pt").exists()]:
         vae, raft, text = load_vae(args), RAFT.load().to(args.device), text_encoder(args)
     for key in tqdm(missing, "encoding", disable=rank() > 0):
-        path, caption = videos.get(key, (None, ""))
-        latents, reason = [], "no caption"
-        while path and caption and len(latents) < CLIPS:
-            try:
-                video = read_clip(path, len(latents) * args.frames, args.frames, args.fps, side)
-            except ValueError as error:                 # its end, if not at the start
-                reason = error
-                break
-            video = video[None, ..., (side - H) // 2:, (side - W) // 2:][..., :H, :W] / 255
-            both = torch.cat([video.to(args.device), flow_to_rgb(estimate_flow(raft, video))])
-            z = vae.encode(both.transpose(1, 2) * 2 - 1).latent_dist.mode()
-            latents.append(z.half().cpu())
-        if latents or not path:
-            content = dict(zip("xd", torch.stack(latents, 1))) if path else {}
-            common.write_tensors(folder / f"{key}.pt", {"kind": "clips", "y": text(caption), **content})
-        else:
-            print0(f"skipped {path}: {reason}")
+        path, caption = videos[key]
+        content = {"kind": "clip", "y": text(caption)}
+        try:
+            if path and not caption.strip():
+                raise ValueError("no caption")
+            if path:
+                video = read_clip(path, 0, args.frames, args.fps, side).to(args.device)[None] / 255
+                video = video[..., (side - H) // 2:, (side - W) // 2:][..., :H, :W]
+                both = torch.cat([video, flow_to_rgb(estimate_flow(raft, video))]).transpose(1, 2)
+                content["x"], content["d"] = vae.encode(both * 2 - 1).latent_dist.mode().half().cpu()
+            common.write_tensors(folder / f"{key}.pt", content)
+        except ValueError as error:
+            print0(f"skipped {path}: {error}")
     barrier()
-    keys = [key for key in sorted(videos) if (folder / f"{key}.pt").exists()]
+    keys = [key for key in sorted(videos) if (folder / f"{key}.pt").exists() and key != "null"]
     if not keys:
-        raise ValueError(f"{args.data}: none of its {len(videos)} videos can be used")
+        raise ValueError(f"{args.data}: none of its {len(videos) - 1} videos can be used")
     return keys
 
-def read(args, key, clip=0):
-    """Clip number `clip`, modulo their number: x1, d1 and y, with a batch axis; of "null" y."""
-    content = read_tensors(args.out / f"clips/{key}.pt", "clips")
-    latents = [((content[name][clip % len(content[name])].float() - mean) / deviation)[None]
-               for name, (mean, deviation) in args.scale.items() if name in content]
-    return [part.to(args.device) for part in (*latents, content["y"][None].float())]
+def read(args, key):
+    """x1, d1 and y of a clip, scaled, each with a batch axis; of "null", y alone."""
+    clip = read_tensors(args.out / f"clips/{key}.pt", "clip")
+    latents = [(clip[name].float() - mean) / deviation
+               for name, (mean, deviation) in args.scale.items() if name in clip]
+    return [part[None].to(args.device) for part in (*latents, clip["y"].float())]
 
 def prepare(args):
     """Encodes the videos, writes wan.json, the run's settings, and returns the videos' keys."""
@@ -195,11 +193,16 @@ def prepare(args):
     settings = {name: vars(args)[name] for name in KEPT}
     if path.is_file():
         refuse_changes(args.out, common.read_json(path), settings)
+    if not args.data:
+        args.data = args.out / "videos"
+        if rank() == 0 and not args.data.exists():
+            write_sprites(args.data, args.frames, args.fps)
+        barrier()
     keys = encode_videos(args)
     if rank() == 0 and not path.is_file():
         # the VAE's mean and deviation are of natural video; RGB flow is mostly white
-        d = torch.cat([read_tensors(args.out / f"clips/{key}.pt", "clips")["d"]
-                       for key in keys[:64]]).float().transpose(0, 1).flatten(1)
+        d = torch.cat([read_tensors(args.out / f"clips/{key}.pt", "clip")["d"].float().flatten(1)
+                       for key in keys[:256]], 1)
         vae = load_vae(args).config
         settings["x"] = vae.latents_mean, vae.latents_std
         settings["d"] = d.mean(1).tolist(), d.std(1).clamp(min=1e-3).tolist()
@@ -209,9 +212,9 @@ def prepare(args):
 
 def read_settings(args):
     """args with wan.json's; scale: {"x": mean and deviation (C, 1, 1, 1), "d": ...}."""
-    settings = common.read_json(args.out / "wan.json", *KEPT, "x", "d")
-    scale = {name: torch.tensor(settings[name])[..., None, None, None] for name in "xd"}
-    return argparse.Namespace(**{**settings, "out": args.out, "device": args.device, "scale": scale})
+    run = common.read_json(args.out / "wan.json", *KEPT, "x", "d")
+    run["scale"] = {name: torch.tensor(run[name])[..., None, None, None] for name in "xd"}
+    return argparse.Namespace(**{**run, "out": args.out, "device": args.device})
 
 # ---------------------------------------------------------------- training
 
@@ -220,8 +223,7 @@ def add_gradients(args, wan, keys, null, step):
     losses, C = torch.zeros(2, device=args.device), wan.config.out_channels // 2
     for place in range(args.batch)[rank()::common.world_size()]:
         generator = rng(args.seed, step, place)
-        video, clip = torch.randint(2 ** 40, (2,), generator=generator).tolist()
-        x1, d1, y = read(args, keys[video % len(keys)], clip)
+        x1, d1, y = read(args, keys[torch.randint(len(keys), (), generator=generator)])
         noise = sample_noise(x1.shape, generator, shift=args.t_shift)
         with autocast(args.device):
             mse = joint_loss(velocity(wan), x1, d1, y, null, noise, "channels")
@@ -240,10 +242,7 @@ def optimizer_step(optimizer, lr_scale):
         weight.data = torch.lerp(before[weight], weight.data, factors)
 
 def train(args):
-    args.data = args.data or write_sprites(args)
     keys, wan, step, steps = prepare(args), load_widened(args), 0, args.steps
-    print_sizes(REAL) if args.model == "tiny" else print_sizes(
-        {name: wan.config[name] for name in REAL}, args.frames, *args.size, args.lora or 32)
     args = read_settings(args)
     (null,), C, path = read(args, "null"), wan.config.out_channels // 2, args.out / "checkpoint.pt"
     weights = {name: weight for name, weight in wan.named_parameters() if weight.requires_grad}
@@ -310,7 +309,7 @@ def sample(args):
     """Writes a prompt's video, and its motion beside it."""
     run = read_settings(args)
     wan = load(WanTransformer3DModel, args.out / "transformer",
-               torch_dtype=fast_dtype(args.device)).to(args.device)
+               dtype=fast_dtype(args.device)).to(args.device)
     encode = text_encoder(run)
     y, null = (encode(text)[None].float().to(args.device) for text in (args.prompt, ""))
     del encode                              # a large model
@@ -359,6 +358,8 @@ def parse():
     args.out = Path(args.out or f"runs/wan{'-tiny' * args.tiny}")
     if args.command == "train" and not (args.data or args.tiny):
         raise ValueError("no videos: --data FOLDER")
+    if args.tiny:                           # for tiny tensors more threads only wait
+        torch.set_num_threads(1)
     args.device = common.join_processes(common.device_of(args.device))
     return args
 
