@@ -61,8 +61,7 @@ def load(kind, name, **options):
                          f"for diffusers ({common.one_line(error)})") from None
 
 def load_vae(args):
-    vae = load(AutoencoderKLWan, args.model, subfolder="vae", dtype=torch.float32)
-    return vae.to(args.device).eval().requires_grad_(False)
+    return load(AutoencoderKLWan, args.model, subfolder="vae", dtype=torch.float32).to(args.device)
 
 def text_encoder(args):
     """A function: prompt -> its embeddings (512, 4096), zero after its end."""
@@ -95,12 +94,11 @@ def load_widened(args):
     steps of 5e-6 away."""
     dtype = fast_dtype(args.device) if args.lora else torch.float32
     wan = load(WanTransformer3DModel, args.model, subfolder="transformer", dtype=dtype)
-    wan = wan.to(args.device)
-    print_sizes(wan.config, args)
+    c, wan = wan.config, wan.to(args.device)
+    print_sizes(c, args)
     torch.manual_seed(args.seed)
-    probe = [part.to(args.device) for part in (
-        torch.randn(1, wan.config.out_channels, 1, 8, 8), torch.full((1,), .5),
-        torch.randn(1, 8, wan.config.text_dim))]
+    probe = torch.randn(1, c.out_channels, 1, 8, 8), torch.rand(1), torch.randn(1, 8, c.text_dim)
+    probe = [part.to(args.device) for part in probe]
     with torch.no_grad(), autocast(args.device):
         before = velocity(wan)(*probe)
         check_velocity(before, velocity(add_motion(wan)), *probe)
@@ -108,8 +106,8 @@ def load_widened(args):
         import peft                         # needed here alone
         wan.requires_grad_(False)
         wan.add_adapter(peft.LoraConfig(r=args.lora, lora_alpha=args.lora, target_modules=ADAPTED))
-        for part in (wan.patch_embedding, wan.proj_out):
-            part.requires_grad_(True)
+        wan.patch_embedding.requires_grad_(True)
+        wan.proj_out.requires_grad_(True)
         for weight in filter(lambda weight: weight.requires_grad, wan.parameters()):
             weight.data = weight.data.float()
     wan.enable_gradient_checkpointing()
@@ -139,7 +137,7 @@ def print_sizes(config, args):
 def write_sprites(folder, frames, fps):
     """A folder of the sprite world's clips, for --tiny without --data."""
     folder.mkdir(parents=True, exist_ok=True)
-    video, _, captions, _ = sprite_clips(range(8), frames, 32)
+    video, _, captions, _ = sprite_clips(range(4), frames, 32)
     for i, (clip, caption) in enumerate(zip(video, captions)):
         common.write_video(folder / f"{i}.mp4", clip, fps, 1)
         common.write_text(folder / f"{i}.txt", caption)
@@ -166,8 +164,9 @@ def encode_videos(args):
             if path:
                 video = read_clip(path, 0, args.frames, args.fps, side).to(args.device)[None] / 255
                 video = video[..., (side - H) // 2:, (side - W) // 2:][..., :H, :W]
-                both = torch.cat([video, flow_to_rgb(estimate_flow(raft, video))]).transpose(1, 2)
-                content["x"], content["d"] = vae.encode(both * 2 - 1).latent_dist.mode().half().cpu()
+                both = torch.cat([video, flow_to_rgb(estimate_flow(raft, video))]) * 2 - 1
+                z = vae.encode(both.transpose(1, 2)).latent_dist.mode()
+                content["x"], content["d"] = z.half().cpu()
             common.write_tensors(folder / f"{key}.pt", content)
         except ValueError as error:
             print0(f"skipped {path}: {error}")
@@ -301,9 +300,9 @@ def generate(args, wan, y, null, steps, w1=5., w2=3., seed=0, one_by_one=True):
     with autocast(args.device):
         latents = euler_sample(velocity(wan, one_by_one), *noise, y, linear_quadratic(steps), w1,
                                w2, null=null, progress="sampling")
-    latents = [z.cpu() * deviation + mean for z, (mean, deviation) in zip(
-        latents, args.scale.values())]
-    return [vae.decode(z.to(args.device)).sample[0].transpose(0, 1) / 2 + .5 for z in latents]
+    scaled = (z.cpu() * deviation + mean for z, (mean, deviation) in zip(latents,
+                                                                         args.scale.values()))
+    return [vae.decode(z.to(args.device)).sample[0].transpose(0, 1) / 2 + .5 for z in scaled]
 
 def sample(args):
     """Writes a prompt's video, and its motion beside it."""
@@ -358,9 +357,11 @@ def parse():
     args.out = Path(args.out or f"runs/wan{'-tiny' * args.tiny}")
     if args.command == "train" and not (args.data or args.tiny):
         raise ValueError("no videos: --data FOLDER")
+    args.device = common.join_processes(common.device_of(args.device))
+    if args.command == "train" and args.batch < common.world_size():
+        raise ValueError(f"--batch {args.batch}: fewer clips than processes")
     if args.tiny:                           # for tiny tensors more threads only wait
         torch.set_num_threads(1)
-    args.device = common.join_processes(common.device_of(args.device))
     return args
 
 def main():
