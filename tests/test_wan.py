@@ -80,8 +80,8 @@ def mochi():
     def call(net, z, t, y):
         return net(z, y["text"], 1000 * t, y["mask"], return_dict=False)[0]
     return Family(diffusers.MochiTransformer3DModel, ("patch_embed.proj", "proj_out"),
-                  (False, True), call, {"text": WORDS, "mask": MASK}, {"text": NULL}, pooled_projection_dim=16,
-                  text_embed_dim=16, time_embed_dim=16)
+                  (False, True), call, {"text": WORDS, "mask": MASK}, {"text": NULL},
+                  pooled_projection_dim=16, text_embed_dim=16, time_embed_dim=16)
 
 @pytest.mark.parametrize("family", (wan_t2v, wan_i2v, ltx, hunyuan, mochi))
 def test_other_transformers_learn_and_sample_with_motion(family, tmp_path):
