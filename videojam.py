@@ -339,8 +339,8 @@ def widen_input(layer, C, channel_last, others=0, at=None):
     """W_in -> W_in^+: a layer that takes [x, d] in place of x (C channels), and ignores d at first.
 
     layer: a Linear whose inputs are patches, (offsets, C) with channel_last, else (C, offsets); or
-    a Conv. others: channels that it reads besides x's, a mask for example; at: before which of all
-    d's come, by default right after x's. Then call `check_velocity`. ValueError: other layers."""
+    a Conv. others: channels that it reads besides x's, a mask for example; at: the channel before
+    which d's come, by default right after x's. Then `check_velocity`. ValueError: other layers."""
     if type(layer) is nn.Linear and layer.in_features % (C + others) == 0:
         return widen_layer(layer, "in_features", 1, C, channel_last, others, at)
     if type(layer) in CONVS and layer.in_channels == C + others and layer.groups == 1:
@@ -362,8 +362,8 @@ def widen_output(layer, C, channel_last):
 
 @torch.no_grad()
 def check_velocity(before, model, x, t, y):
-    """To call right after widening: ValueError unless u^x is what it was `before` (B, C, ...), for
-    any d, as far as bf16 rounds. A wrong channel_last, others or at passes otherwise."""
+    """To call right after widening, since a wrong channel_last, others or at raises nothing by
+    itself: ValueError unless u^x (B, C, ...) is as `before`, for any d, up to what bf16 rounds."""
     u = model(torch.cat([x, 100 * torch.randn_like(x)], 1), t, y)       # large: it shows anywhere
     if u.shape[1] != 2 * x.shape[1]:
         raise ValueError(f"u has {u.shape[1]} channels, not {2 * x.shape[1]}: widen both layers")
