@@ -95,7 +95,7 @@ def load_widened(args):
     dtype = fast_dtype(args.device) if args.lora else torch.float32
     wan = load(WanTransformer3DModel, args.model, subfolder="transformer", dtype=dtype)
     c, wan = wan.config, wan.to(args.device)
-    print_sizes(c, args)
+    print_sizes(REAL if args.model == "tiny" else c, args.lora or 32)
     torch.manual_seed(args.seed)
     probe = torch.randn(1, c.out_channels, 1, 8, 8), torch.rand(1), torch.randn(1, 8, c.text_dim)
     probe = [part.to(args.device) for part in probe]
@@ -113,24 +113,19 @@ def load_widened(args):
     wan.enable_gradient_checkpointing()
     return wan.train()
 
-def print_sizes(config, args):
-    """Prints what training takes, with and without LoRA. Nothing is computed."""
-    rank, (H, W), frames = args.lora or 32, args.size, args.frames
-    if args.model == "tiny":
-        config, H, W, frames = REAL, 480, 832, 81
+def print_sizes(config, rank):
+    """Prints what training takes, with and without LoRA of a rank. Nothing is computed."""
     with torch.device("meta"):
         wan = WanTransformer3DModel.from_config(config)
     before = sum(p.numel() for p in wan.parameters())
     P = sum(p.numel() for p in add_motion(wan).parameters())
     lora = rank * sum(sum(layer.weight.shape) for name, layer in wan.named_modules()
                       if name.endswith(tuple(ADAPTED)))
-    width, tokens = wan.patch_embedding.out_channels, (frames + 3) // 4 * H * W // 256
-    clip = tokens * width * (2 * len(wan.blocks) + 220)         # bytes, as train.py estimates them
-    # fp32: weights, gradients and AdamW's moments; bf16: weights that are not trained
-    full, small = 16 * P + clip, 2 * P + 16 * (lora + 2 * (P - before)) + clip
-    print0(f"{P / 1e9:.3f} B parameters, {(P - before) / 1e6:.1f} M of them new. A GPU needs about "
-           f"{full / 1e9:.0f} GB for {frames} frames of {H}x{W}, with --lora {rank} "
-           f"({lora / 1e6:.1f} M and the two layers are trained) {small / 1e9:.0f} GB")
+    # bytes of fp32: weights, gradients and AdamW's moments; of bf16: weights that are not trained
+    full, small = 16 * P, 2 * P + 16 * (lora + 2 * (P - before))
+    print0(f"{P / 1e9:.3f} B parameters, {(P - before) / 1e6:.1f} M of them new: {full / 1e9:.1f} "
+           f"GB on each GPU; with --lora {rank} ({lora / 1e6:.1f} M and the two layers learn) "
+           f"{small / 1e9:.1f} GB; a clip's activations come on top")
 
 # ---------------------------------------------------------------- clips, encoded once
 
