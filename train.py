@@ -54,8 +54,8 @@ from data import Folder, Latents, Prefetcher, Sprites, print_skipped
 from flow import RAFT, estimate_flow, flow_to_rgb, upsample
 from synthetic import HELD_OUT, flow_scenes, sprite_clips, training_pairs
 from videojam import (PAD, PRESETS, TAE, DiT, Noise, VideoJAM, flow_matching_loss, initialize,
-                      joint_loss, read_model_file, sample_noise, set_activation_checkpointing,
-                      tae_loss, token_row, tokenize)
+                      joint_loss, new_entries, read_model_file, sample_noise,
+                      set_activation_checkpointing, tae_loss, token_row, tokenize)
 
 STAGES = ("tae", "encode", "base", "jam", "control")
 # preset -> stage -> (steps, learning rate, batch over all GPUs); the control has jam's. encode:
@@ -599,8 +599,8 @@ def motion_lr_scale(model, C):
     Muon's steps have one size, so zero rows would stay small for long. (Not in the paper.)"""
     scale = {}
     for layer, axis in ((model.W_in, 1), (model.W_out, 0)):
-        factors = torch.ones(layer.weight.shape)
-        factors.unflatten(axis, (-1, 2, C)).select(axis + 1, 1).fill_(MOTION_LR_SCALE)      # d's
+        added = new_entries(layer.weight, axis, C, channel_last=True)
+        factors = torch.where(added, MOTION_LR_SCALE, 1.)
         scale[layer.weight] = torch.empty_like(layer.weight)
         load_weights({"scale": scale[layer.weight]}, {"scale": factors})
     return scale

@@ -16,11 +16,12 @@ Legend, used everywhere:
     latent      (B, C, T', H', W'), what the model works on
 
 The losses, the guidance and the sampler know a model only as model(x, t, y), so they work with
-other people's transformers too.
+other people's transformers too. y is a tensor or a dict of tensors, each with a batch axis; `null`,
+the y of an empty prompt, has those entries of a dict that are dropped (default: our tokens of "").
 """
-import copy
 import dataclasses
 import functools
+import inspect
 import math
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -59,12 +60,13 @@ class Noise(NamedTuple):
                        for part in self))
 
 def sample_noise(shape, generator=None, uniform=False, shift=1., text_dropout=.3,
-                 motion_dropout=.2):
+                 motion_dropout=.2, t_range=(0., 1.)):
     """The `Noise` for latents of a shape (B, C, ...), on the CPU, from one CPU generator.
 
     t is logit-normal(0, 1) as in Movie Gen, or uniform; a shift above 1 moves it towards 0, noise,
-    as Stable Diffusion 3 does. Sec. 4.3 drops the text in 30% and the motion in 20% of the steps;
-    here per sample, independently."""
+    as Stable Diffusion 3 does; t_range: [0, 1] is mapped to it, for one of several experts. Sec.
+    4.3 drops the text in 30% and the motion in 20% of the steps; here per sample, independently."""
+    low, high = t_range
     # what x needs comes first, so that a model without motion gets the same noise as one with it
     x0 = torch.randn(shape, generator=generator)
     t = torch.rand(shape[:1], generator=generator) if uniform else \
@@ -72,11 +74,25 @@ def sample_noise(shape, generator=None, uniform=False, shift=1., text_dropout=.3
     no_text = torch.rand(shape[:1], generator=generator) < text_dropout
     d0 = torch.randn(shape, generator=generator)
     no_motion = torch.rand(shape[:1], generator=generator) < motion_dropout
-    return Noise(t / (t + shift * (1 - t)), x0, d0, no_text, no_motion)
+    return Noise(low + (high - low) * t / (t + shift * (1 - t)), x0, d0, no_text, no_motion)
 
 def drop_condition(condition, dropped, empty):
     """The condition (B, ...), with `empty` in the samples that are dropped (B,)."""
     return torch.where(dropped.view(-1, *[1] * (condition.ndim - 1)), empty, condition)
+
+def on_tensors(function, *ys):
+    """function(*ys) of tensors; of dicts, a dict of what it gives for each entry."""
+    return {name: function(*(y[name] for y in ys)) for name in ys[0]} \
+        if isinstance(ys[0], dict) else function(*ys)
+
+def drop_text(y, dropped, null):
+    """y with its null in the samples that are dropped (B,); a dict's entries without null stay."""
+    null = null_text(y) if null is None else null
+    if isinstance(y, dict):
+        if unknown := null.keys() - y:
+            raise ValueError(f"null has {', '.join(unknown)}, y only {', '.join(y)}")
+        null = {**y, **null}
+    return on_tensors(lambda part, empty: drop_condition(part, dropped, empty.to(part)), y, null)
 
 def mean_squared_error(u, v, reduction):
     """||u - v||^2 as a mean: "mean" over everything, "channels" over positions, (B, channels)."""
@@ -86,11 +102,10 @@ def mean_squared_error(u, v, reduction):
 def flow_matching_loss(model, x1, y, null=None, noise=None, reduction="mean", **options):
     """Eq. 3, as a mean over samples, channels and positions. x1 (B, C, ...), y (B, ...).
 
-    null: the y of an empty prompt, by default our tokens' for "". noise: what is random; by default
-    `sample_noise` with the options. reduction "channels" gives a row for each sample."""
+    noise: by default `sample_noise` with the options. reduction "channels": a row for a sample."""
     n = (noise or sample_noise(x1.shape, **options)).like(x1)
     x_t = interpolate(x1, n.x0, n.t)                                                # Eq. 1
-    y = drop_condition(y, n.no_text, null_text(y) if null is None else null)        # Sec. 4.3
+    y = drop_text(y, n.no_text, null)                                               # Sec. 4.3
     v = velocity(x1, n.x0)                                                          # Eq. 2
     u = model(x_t.to(x1.dtype), n.t, y)
     return mean_squared_error(u, v, reduction)                                      # Eq. 3
@@ -292,45 +307,69 @@ def initialize(modules):
 CONVS = nn.Conv1d, nn.Conv2d, nn.Conv3d
 TRANSPOSED_CONVS = nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
 
-def widen(weight, axis, C, channel_last):
-    """Zeros for d's channels along an axis of a weight: with channel_last (offsets, C) ->
-    (offsets, 2C), each patch offset's x followed by its d; else (C, offsets) -> (2C, offsets)."""
-    groups = weight.shape[axis] // C if channel_last else 1
-    parts = weight.unflatten(axis, (groups, -1))
-    return torch.cat([parts, torch.zeros_like(parts)], axis + 1).flatten(axis, axis + 1)
+def widen(weight, axis, C, channel_last, others=0, at=None):
+    """Zeros for d's C channels, before channel `at` (default: after x's C), along a weight's axis:
+    (offsets, C + others) with channel_last, else (C + others, offsets)."""
+    along = axis + channel_last
+    parts = weight.unflatten(axis, (-1, C + others) if channel_last else (C + others, -1))
+    before, after = parts.tensor_split([C if at is None else at], along)
+    zeros = torch.zeros_like(parts.narrow(along, 0, C))
+    return torch.cat([before, zeros, after], along).flatten(axis, axis + 1)
 
-def widen_layer(layer, size, axis, C, channel_last):
-    """A copy of a layer with twice the `size`, "in_features" for example; new weights are zero."""
-    new = copy.deepcopy(layer)
-    new.weight = nn.Parameter(widen(layer.weight.detach(), axis, C, channel_last))
-    if size.startswith("out") and layer.bias is not None:
-        new.bias = nn.Parameter(widen(layer.bias.detach(), 0, C, channel_last))
-    setattr(new, size, 2 * getattr(layer, size))
-    return new
+def new_entries(weight, axis, C, channel_last, others=0, at=None):
+    """Which entries of a widened weight are new: bool, of its shape, for their learning rate."""
+    size = weight.shape[axis] // (2 * C + others) * (C + others)
+    old = torch.ones(weight.shape).narrow(axis, 0, size)
+    return widen(old, axis, C, channel_last, others, at) == 0
 
-def widen_input(layer, C, channel_last):
+def widen_layer(layer, size, axis, C, channel_last, others=0, at=None):
+    """A new layer like this one, without its hooks, with d's channels too, zero at first. size: how
+    their number is called, "in_features" for example."""
+    options = {name: getattr(layer, name) for name in inspect.signature(type(layer)).parameters
+               if name not in ("bias", "device", "dtype")}
+    weight, bias = widen(layer.weight.detach(), axis, C, channel_last, others, at), layer.bias
+    new = type(layer)(**{**options, size: weight.shape[axis]}, bias=bias is not None, device="meta")
+    new.weight = nn.Parameter(weight, layer.weight.requires_grad)
+    if bias is not None:
+        wide = widen(bias, 0, C, channel_last) if size.startswith("out") else bias.clone()
+        new.bias = nn.Parameter(wide.detach(), bias.requires_grad)
+    return new.train(layer.training)
+
+def widen_input(layer, C, channel_last, others=0, at=None):
     """W_in -> W_in^+: a layer that takes [x, d] in place of x (C channels), and ignores d at first.
 
     layer: a Linear whose inputs are patches, (offsets, C) with channel_last, else (C, offsets); or
-    a Conv of C input channels. ValueError for other layers."""
-    if isinstance(layer, nn.Linear) and layer.in_features % C == 0:
-        return widen_layer(layer, "in_features", 1, C, channel_last)
-    if isinstance(layer, CONVS) and layer.in_channels == C and layer.groups == 1:
-        return widen_layer(layer, "in_channels", 1, C, False)
-    raise ValueError(f"cannot widen {layer} for an input of {C} channels")
+    a Conv. others: channels that it reads besides x's, a mask for example; at: the channel before
+    which d's come, by default right after x's. Then `check_velocity`. ValueError: other layers."""
+    if type(layer) is nn.Linear and layer.in_features % (C + others) == 0:
+        return widen_layer(layer, "in_features", 1, C, channel_last, others, at)
+    if type(layer) in CONVS and layer.in_channels == C + others and layer.groups == 1:
+        return widen_layer(layer, "in_channels", 1, C, False, others, at)
+    raise ValueError(f"cannot widen {layer} for an input of {C + others} channels")
 
 def widen_output(layer, C, channel_last):
     """W_out -> W_out^+: a layer that gives [u^x, u^d] in place of u^x, and u^d = 0 at first.
 
     layer: a Linear or Conv whose outputs are patches, laid out as in `widen_input`, or a
     ConvTranspose. ValueError for other layers."""
-    if isinstance(layer, nn.Linear) and layer.out_features % C == 0:
+    if type(layer) is nn.Linear and layer.out_features % C == 0:
         return widen_layer(layer, "out_features", 0, C, channel_last)
-    if isinstance(layer, CONVS) and layer.out_channels % C == 0 and layer.groups == 1:
+    if type(layer) in CONVS and layer.out_channels % C == 0 and layer.groups == 1:
         return widen_layer(layer, "out_channels", 0, C, channel_last)
-    if isinstance(layer, TRANSPOSED_CONVS) and layer.out_channels % C == 0 and layer.groups == 1:
+    if type(layer) in TRANSPOSED_CONVS and layer.out_channels % C == 0 and layer.groups == 1:
         return widen_layer(layer, "out_channels", 1, C, False)
     raise ValueError(f"cannot widen {layer} for an output of {C} channels")
+
+@torch.no_grad()
+def check_velocity(before, model, x, t, y):
+    """To call right after widening, since a wrong channel_last, others or at raises nothing by
+    itself: ValueError unless u^x (B, C, ...) is as `before`, for any d, up to what bf16 rounds."""
+    u = model(torch.cat([x, 100 * torch.randn_like(x)], 1), t, y)       # large: it shows anywhere
+    if u.shape[1] != 2 * x.shape[1]:
+        raise ValueError(f"u has {u.shape[1]} channels, not {2 * x.shape[1]}: widen both layers")
+    error, size = (u[:, :x.shape[1]] - before).norm(), before.norm()
+    if not error <= .05 * size:
+        raise ValueError(f"u^x is off by {error / size:.0%}: is channel_last, others or at wrong?")
 
 def joint_loss(model, x1, d1, y, null=None, noise=None, reduction="mean", **options):
     """Eq. 6, as a mean over samples, channels and positions: u^+ = [u^x, u^d] against v^+, one t
@@ -340,7 +379,7 @@ def joint_loss(model, x1, d1, y, null=None, noise=None, reduction="mean", **opti
     guess E[d_1] from appearance. d_0 cannot be guessed, so that part of the loss stays above 1."""
     n = (noise or sample_noise(x1.shape, **options)).like(x1)
     x_t, d_t = interpolate(x1, n.x0, n.t), interpolate(d1, n.d0, n.t)               # Eq. 1
-    y = drop_condition(y, n.no_text, null_text(y) if null is None else null)        # Sec. 4.3
+    y = drop_text(y, n.no_text, null)                                               # Sec. 4.3
     d_t = drop_condition(d_t, n.no_motion, torch.zeros_like(d_t))
     v = torch.cat([velocity(x1, n.x0), velocity(d1, n.d0)], 1)                      # Eq. 2
     u = model(torch.cat([x_t, d_t], 1).to(x1.dtype), n.t, y)                        # u^+
@@ -386,14 +425,15 @@ def guided_velocity(model, x, d, t, y, w1=5., w2=3., mode="inner", null=None):
 
     All terms run in one batch; those of weight 0 do not run. d = None: a model without motion,
     mode "cfg" or "none", u (B, C, ...). ValueError as `find_guidance`."""
-    null = null_text(y) if null is None else null.expand_as(y)
+    null = drop_text(y, torch.ones(len(x), dtype=torch.bool, device=x.device), null)
     terms = find_guidance(mode, d is not None).terms(w1, w2)
     terms = [(weight, with_d, with_y) for weight, with_d, with_y in terms if weight != 0]
     z = [x if d is None else torch.cat([x, d if with_d else torch.zeros_like(d)], 1)
          for _, with_d, _ in terms]
     text = [y if with_y else null for _, _, with_y in terms]
     t = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x))
-    u = model(torch.cat(z), t.repeat(len(terms)), torch.cat(text)).chunk(len(terms))
+    text = on_tensors(lambda *parts: torch.cat(parts), *text)
+    u = model(torch.cat(z), t.repeat(len(terms)), text).chunk(len(terms))
     return sum(weight * part for (weight, _, _), part in zip(terms, u))
 
 # ---------------------------------------------------------------- App. C: schedule and sampler
@@ -592,7 +632,7 @@ def tokenize(prompts, max_bytes=None):
 
 def null_text(y):
     """The null prompt in the shape of the tokens y. ValueError where y is another model's text."""
-    if y.is_floating_point():
+    if isinstance(y, dict) or y.is_floating_point():
         raise ValueError("null must be given where y is not our tokens")
     return F.pad(torch.full_like(y[:, :1], EOS), (0, y.shape[1] - 1), value=PAD)
 

@@ -8,11 +8,12 @@ from conftest import ROOT, TINY, bad_weights, randomised, tiny_dit
 from torch import nn
 from torch.testing import assert_close
 
-from videojam import (EOS, GUIDANCE, PAD, PRESETS, TAE, DiT, SpaceTimeConv, VideoJAM,
-                      attend, euler_sample, flow_matching_loss, guided_velocity, interpolate,
-                      joint_loss, linear_quadratic, null_text, patchify, read_model_file,
-                      sample_noise, set_activation_checkpointing, tae_loss, tokenize, unpatchify,
-                      velocity, widen_input, widen_output)
+from common import Muon
+from videojam import (EOS, GUIDANCE, PAD, PRESETS, TAE, DiT, SpaceTimeConv, VideoJAM, attend,
+                      check_velocity, euler_sample, flow_matching_loss, guided_velocity,
+                      interpolate, joint_loss, linear_quadratic, new_entries, null_text, patchify,
+                      read_model_file, sample_noise, set_activation_checkpointing, tae_loss,
+                      tokenize, unpatchify, velocity, widen_input, widen_output)
 
 def rng(seed=0):
     return torch.Generator().manual_seed(seed)
@@ -64,6 +65,11 @@ def test_sample_noise_draws_for_x_come_before_those_for_d():
     assert torch.equal(n.no_text, torch.rand(6, generator=generator) < .3)
     assert torch.equal(n.d0, torch.randn(6, 2, 3, generator=generator))
     assert torch.equal(n.no_motion, torch.rand(6, generator=generator) < .5)
+
+def test_sample_noise_maps_t_to_a_range():
+    n, plain = sample_noise((99, 2), rng(), t_range=(.8, .9)), sample_noise((99, 2), rng())
+    assert_close(n.t, .8 + .1 * plain.t)
+    assert all(map(torch.equal, n[1:], plain[1:]))
 
 # ---------------------------------------------------------------- Sec. 4.1: the DiT (Eq. 4)
 
@@ -194,6 +200,76 @@ def test_widen_refuses_other_layers(widen, layers):
     for layer in (*layers, nn.Conv2d(3, 6, 1, groups=3), nn.LayerNorm(3)):
         with pytest.raises(ValueError, match="cannot widen"):
             widen(layer, 3, True)
+
+@pytest.mark.parametrize("at", (None, 0, 20, 36))
+@pytest.mark.parametrize("channel_last", (True, False))
+def test_widen_input_with_other_channels_puts_d_where_it_is_told(channel_last, at):
+    """36 inputs, of which 16 are x's, as in Wan's image-to-video model; its Conv3d as a Linear."""
+    conv = nn.Conv3d(36, 5, (1, 2, 2), (1, 2, 2))
+    (z, d), at_d = torch.randn(2, 3, 36, 1, 2, 2, generator=rng()), 16 if at is None else at
+    joint = torch.cat([z[:, :at_d], d[:, :16], z[:, at_d:]], 1)
+    def flat(z):
+        return (z.flatten(2).mT if channel_last else z).flatten(1)
+    linear = nn.Linear(144, 5)
+    linear.weight, linear.bias = nn.Parameter(flat(conv.weight)), conv.bias
+    for layer, layout in ((conv, lambda z: z), (linear, flat)):
+        wide = widen_input(layer, 16, channel_last, 20, at)
+        assert_close(wide(layout(joint)).flatten(1), conv(z).flatten(1))
+        added = new_entries(wide.weight, 1, 16, channel_last and layer is linear, 20, at)
+        assert added.sum() == 5 * 16 * 4 and not wide.weight[added].any()
+        assert torch.equal(wide.weight[~added], layer.weight.flatten())
+        with pytest.raises(ValueError, match="for an input of 35 channels"):
+            widen_input(layer, 16, channel_last, 19)
+
+@pytest.mark.parametrize("make", [
+    lambda n: nn.Linear(6, n), lambda n: nn.ConvTranspose3d(4, n, 3, 2, 1, (0, 1, 1)),
+    lambda n: nn.Conv2d(3, n, 3, 2, (1, 2), 2, padding_mode="circular", bias=False)])
+@pytest.mark.parametrize("device", ("cpu", "meta"))
+def test_widened_layer_is_like_the_old_without_its_hooks(make, device):
+    layer = make(6).to(device, torch.bfloat16).eval().requires_grad_(False)
+    layer.register_forward_hook(print)
+    wide = widen_output(layer, 3, True)
+    assert repr(wide) == repr(make(12)) and not wide.training and not wide._forward_hooks
+    for p in wide.parameters():
+        assert (p.dtype, p.device.type, p.requires_grad) == (torch.bfloat16, device, False)
+
+def test_muon_takes_new_entries_of_a_convolution_faster():
+    weight = widen_input(nn.Conv3d(4, 6, (1, 2, 2)), 4, False).weight
+    before, scale = weight.detach().clone(), torch.where(new_entries(weight, 1, 4, False), 5., 1.)
+    weight.grad, steps = torch.randn(weight.shape, generator=rng()), []
+    for lr_scale in ({}, {weight: scale}):
+        Muon([weight], .1, lr_scale=lr_scale).step()
+        steps.append(weight.detach() - before)
+        weight.data.copy_(before)
+    assert_close(steps[1], steps[0] * scale)
+
+def test_check_velocity_finds_what_widening_alone_does_not():
+    w_in, w_out, x = nn.Linear(12, 32), nn.Linear(32, 12), torch.randn(5, 3, 4, generator=rng())
+    def model(w_in, w_out):                     # on (B, C, offsets), channels last in its patches
+        return lambda z, t, y: w_out(w_in(z.mT.flatten(1)).tanh()).unflatten(1, (4, -1)).mT
+    before = model(w_in, w_out)(x, 0, 0)
+    check_velocity(before, model(widen_input(w_in, 3, True), widen_output(w_out, 3, True)), x, 0, 0)
+    for wide in ((widen_input(w_in, 3, False), widen_output(w_out, 3, True)),
+                 (widen_input(w_in, 3, True), widen_output(w_out, 3, False))):
+        with pytest.raises(ValueError, match="off by [1-9].*channel_last"):
+            check_velocity(before, model(*wide), x, 0, 0)
+    with pytest.raises(ValueError, match="3 channels, not 6"):
+        check_velocity(before, model(widen_input(w_in, 3, True), w_out), x, 0, 0)
+
+def test_y_may_be_a_dict_of_which_null_names_what_is_dropped():
+    (x, d, y, null), n = inputs(B=8), sample_noise((8, 2, 2, 2, 2), rng(3), text_dropout=.5)
+    def keyed(channels):
+        model = Foreign(channels)
+        return lambda z, t, y: model(z, t, torch.cat([y["text"], y["fixed"]], 1))
+    parts, empty = {"text": y[:, :2], "fixed": y[:, 2:]}, {"text": null[:, :2]}
+    null = torch.cat([null[:, :2].expand(8, 2), y[:, 2:]], 1)           # "fixed" is never dropped
+    for call in (lambda model, y, null: joint_loss(model(4), x, d, y, null, n),
+                 lambda model, y, null: flow_matching_loss(model(2), x, y, null, n),
+                 lambda model, y, null: guided_velocity(model(4), x, d, .3, y, null=null)):
+        assert_close(call(keyed, parts, empty), call(Foreign, y, null))
+        for wrong, complaint in ((None, "null must be given"), ({"txt": null}, "null has txt")):
+            with pytest.raises(ValueError, match=complaint):
+                call(keyed, parts, wrong)
 
 def test_joint_loss_matches_loop():
     """Eq. 6 sample by sample, with one call of the model each; without motion, Eq. 3."""
