@@ -158,14 +158,12 @@ def motivation(e):
         levels.append([f"{which}: rise, absolute", *(cell(differences[k]) for k in rows)])
         levels.append([f"{which}: rise %", *(cell(rises[k], 100) for k in rows)])
     header = ["", *(f"step {k}, t = {times[k]:.3f}" for k in shown)]
-    by_t = {name: ([float(times[k]) for k in steps], gaps) for name, (_, gaps) in relative.items()}
     return {"about": "Rise of the appearance loss when a clip's frames are permuted; "
                      f"n = {n} clips, the same noise and permutation for every model. Flat: the "
                      "share of steps up to 60 where the relative rise is surely below 2%. VideoJAM "
                      "sees the noised flow of the permuted clip too; with d = 0 it does not.",
             "tables": [(["", "flat up to step 60", "mean rise %"], table), (header, levels)],
             "curves": [("relative rise %, by the sampler's step", relative, 100),
-                       ("relative rise %, by t (0 noise, 1 data)", by_t, 100),
                        ("absolute rise, by the sampler's step", absolute, 1)]}
 
 # ---------------------------------------------------------------- Sec. 5: Tables 1, 2, 4 and 3

@@ -354,10 +354,9 @@ def orthogonalize(matrices):
     return X if wide is matrices else X.mT
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al., 2024) with Nesterov momentum, for matrices and convolution kernels
-    (out, in height width). Rare directions learn as fast as dominant ones. A step has the size of
-    AdamW's, .2 lr an element, so one lr serves both. lr_scale {weight: tensor of its shape} has
-    factors on it. (torch.optim.Muon takes matrices alone, a step more, and bf16 everywhere.)"""
+    """Muon (Jordan et al., 2024) with Nesterov momentum, for matrices and convolution kernels: rare
+    directions learn as fast as dominant ones. A step has the size of AdamW's, .2 lr an element;
+    lr_scale: {weight: factors}. (torch.optim.Muon takes matrices alone, and bf16 everywhere.)"""
     def __init__(self, weights, lr, momentum=.95, lr_scale=None):
         super().__init__(weights, {"lr": lr, "momentum": momentum})
         self.lr_scale = lr_scale or {}

@@ -224,13 +224,11 @@ class Folder:
         barrier()
         entries = read_json(Path(out) / "videos.json")
         self.videos = {name: entry for name, entry in entries.items() if "frames" in entry}
-        if not self.videos:
-            raise ValueError(f"{folder}: none of its {len(entries)} videos can be used")
         self.prepare(limit, workers)
         # hash order, so that the clips of added videos interleave
         self.order = sorted(self.keys(64), key=lambda key: zlib.crc32(repr(key).encode()))
         if not self.order:
-            raise ValueError(f"{folder}: none of its videos can be decoded")
+            raise ValueError(f"{folder}: none of its {len(entries)} videos can be used")
         self.example = self.videos[self.order[0][0]]["caption"]
 
     def examine_all(self, path, workers):

@@ -93,10 +93,8 @@ class Encoder(nn.Module):
         return self.conv(self.layer3(self.layer2(self.layer1(self.convnormrelu(x)))))
 
 class UpdateBlock(nn.Module):
-    """One iteration: motion encoder, convolutional GRU, flow head.
-
-    state (B, 96, h, w), the context's share of the GRU (`of_context`), looked-up correlation
-    (B, 196, h, w), flow (B, 2, h, w) in cells -> new state, change of the flow."""
+    """One iteration: state (B, 96, h, w), the context's share of the GRU (`of_context`), looked-up
+    correlation (B, 196, h, w), flow (B, 2, h, w) in cells -> new state, change of the flow."""
     def __init__(self):
         super().__init__()
         self.motion_encoder = nn.ModuleDict({
@@ -134,9 +132,8 @@ class UpdateBlock(nn.Module):
         return state, self.flow_head(state)
 
 def correlation_pyramid(features1, features2):
-    """All-pairs correlation: two (B, C, h, w) -> LEVELS of (B h w, 1, h / 2^l, w / 2^l).
-
-    Every cell of frame 1 has a map over frame 2; each level averages 2 x 2 cells of the last."""
+    """All-pairs correlation, two (B, C, h, w) -> LEVELS of (B h w, 1, h / 2^l, w / 2^l): every cell
+    of frame 1 has a map over frame 2; each level averages 2 x 2 cells of the last."""
     B, C, h, w = features1.shape
     with torch.autocast(features1.device.type, enabled=False):          # sub-pixel peaks need fp32
         corr = features1.float().flatten(2).mT @ features2.float().flatten(2)
@@ -148,7 +145,6 @@ def correlation_pyramid(features1, features2):
 
 def look_up(pyramid, coords):
     """The pyramid around coords (B, 2, h, w), x then y in cells -> (B, LEVELS * 49, h, w).
-
     Channels: levels, then the window's x offset (-3..3), then its y offset. x is the *outer* one,
     as in the authors' code. Coordinate 0 is the centre of the first cell; outside are zeros. On
     level l coords are divided by 2^l, as by the authors, although a pooled cell's centre lies
@@ -166,9 +162,8 @@ def look_up(pyramid, coords):
     return torch.cat(looked_up, -1).permute(0, 3, 1, 2)
 
 class RAFT(nn.Module):
-    """RAFT()(frame1, frame2, iters) -> a list of flows, one per iteration, the last is the best.
-
-    frame1, frame2: (B, 3, H, W) in [0, 1], any size. flows: (B, 2, H, W) in px, x then y."""
+    """RAFT()(frame1, frame2, iters): (B, 3, H, W) in [0, 1], any size -> a list of flows, (B, 2, H,
+    W) in px, x then y, one per iteration, the last is the best."""
     def __init__(self):
         super().__init__()
         self.feature_encoder = Encoder(128, norm=True)
@@ -248,10 +243,8 @@ def upsample(flow):
 @torch.no_grad()
 def estimate_flow(raft, video, iters=12):
     """video (B, T, 3, H, W) in [0, 1] -> flow (B, T, 2, H, W) in px, the last one repeated.
-
     On raft's device, in bf16 where that is fast. One feature pass per frame; frames are processed
-    in pieces, so memory does not grow with T beyond the video and its flow.
-    ValueError: another shape or dtype, a single frame, NaN or infinite pixels."""
+    in pieces. ValueError: another shape or dtype, a single frame, NaN or infinite pixels."""
     if video.dim() != 5 or video.shape[2] != 3 or not video.is_floating_point():
         raise ValueError(f"a video is (B, T, 3, H, W) in [0, 1], this one is "
                          f"{tuple(video.shape)}, {str(video.dtype)[6:]}")

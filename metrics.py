@@ -25,7 +25,6 @@ def cover_of(shape, x, y, r):
 
 def track(video, colour, shape):
     """Follows a sprite by its colour through (T, 3, S, S) on a plain background.
-
     Returns in_frame (T,) bool: something of that colour and of a sprite's size is seen, nothing of
     another colour; the likeliest shape; the path (T, 3): x, y in px, angle of the named shape;
     alpha (T, S, S) in [0, 1]: where that colour is."""
@@ -96,7 +95,6 @@ def in_range(value, low, high, slack=.3):
 
 def fit_motion(kind, phrase, path, size, radius=.145):
     """Fits the family of a named motion to a tracked path (T, 3).
-
     Returns the RMS error in px of a coordinate (for a spin with the angle's, at the sprite's edge);
     whether the motion is as named: an error below 2.5% of the width, the right direction, and an
     amount (widths travelled, length, radius, turns) within 30% of the training range."""
@@ -229,7 +227,6 @@ def warp(image, flow):
 def vbench(video, fps, raft):
     """VBench's motion metrics, by its formulas, of a video: frames (3, H, W) in [0, 1] that can be
     gone through several times, a tensor for example.
-
     dynamic: dynamic_degree, by RAFT-small; flicker: temporal_flickering; smooth: motion_smoothness,
     but odd frames are interpolated by RAFT's flow, not by AMT, so only its order compares with
     VBench's. None where a video is too short."""

@@ -40,10 +40,8 @@ def is_held_out(shape, colour, motion):
             + 7 * list(MOTIONS).index(motion)) % 10 == 4
 
 def bouncing(tau, y0, floor, fall_time, restitution):
-    """Height at times tau of a ball that is let go at y0 and reaches the floor at fall_time.
-
-    Exact parabolas. Each bounce keeps `restitution` of the speed: 1 - restitution^2 of the energy
-    is lost."""
+    """Height at times tau of a ball that is let go at y0 and reaches the floor at fall_time: exact
+    parabolas. Each bounce keeps `restitution` of the speed."""
     gravity = 2 * (floor - y0) / fall_time ** 2
     start, speed = fall_time, gravity * fall_time * restitution
     y = y0 + gravity * tau ** 2 / 2
@@ -196,12 +194,10 @@ def render_sprite(sprite, size):
 
 def sprite_clip(seed, frames=16, size=64, clutter=.5, order=None):
     """The clip of a seed: video (T, 3, H, W) in [0, 1], flow (T, 2, H, W) in px, caption, scene.
-
     seed: from HELD_OUT on for evaluation. clutter in [0, 1]: the share of textured backgrounds and,
     independently, of scenes with two or three sprites (the first one named is in front).
-    order: a permutation of the frames; the flow is then that of the permuted clip.
-    A scene's sprites have `path` (T, 3): x, y of the centre in px and the angle in radians; and
-    `physics`."""
+    order: a permutation of the frames; the flow is then that of the permuted clip. A scene's
+    sprites have `physics` and a `path` (T, 3): x, y of the centre in px, the angle in radians."""
     scene = sprite_scene(int(seed), frames, clutter)
     video = render_background(scene["background"], size).repeat(frames, 1, 1, 1)
     flow = torch.zeros(frames, 2, size, size)
@@ -349,7 +345,6 @@ def photographic_effects(random, frames):
 
 def flow_scenes(n, size, seed, shapes=6):
     """Scenes with exact flow: frame1, frame2 (n, 3, size, size) in [0, 1], flow (n, 2, size, size).
-
     A background and up to `shapes` shapes, with textures and motions of their own upon the
     camera's: shifts from nothing to a third of the frame, in half of the scenes a tenth of that.
     Flow is the front layer's at the pixel centres of frame1."""
@@ -391,7 +386,6 @@ def enlarged_crops(frame1, frame2, flow, generator):
 
 def training_pairs(step, batch):
     """RAFT's batch of a training step: frame1, frame2, flow, at the size that the network sees.
-
     Every other batch is a quarter as many scenes of 256 px, or an eighth of 384 px, in turn. The
     rest, of 128 px, are sprites and scenes of 64 px enlarged, and scenes of 128 px."""
     if step % 2:

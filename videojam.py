@@ -101,7 +101,6 @@ def mean_squared_error(u, v, reduction):
 
 def flow_matching_loss(model, x1, y, null=None, noise=None, reduction="mean", **options):
     """Eq. 3, as a mean over samples, channels and positions. x1 (B, C, ...), y (B, ...).
-
     noise: by default `sample_noise` with the options. reduction "channels": a row for a sample."""
     n = (noise or sample_noise(x1.shape, **options)).like(x1)
     x_t = interpolate(x1, n.x0, n.t)                                                # Eq. 1
@@ -337,7 +336,6 @@ def widen_layer(layer, size, axis, C, channel_last, others=0, at=None):
 
 def widen_input(layer, C, channel_last, others=0, at=None):
     """W_in -> W_in^+: a layer that takes [x, d] in place of x (C channels), and ignores d at first.
-
     layer: a Linear whose inputs are patches, (offsets, C) with channel_last, else (C, offsets); or
     a Conv. others: channels that it reads besides x's, a mask for example; at: the channel before
     which d's come, by default right after x's. Then `check_velocity`. ValueError: other layers."""
@@ -349,7 +347,6 @@ def widen_input(layer, C, channel_last, others=0, at=None):
 
 def widen_output(layer, C, channel_last):
     """W_out -> W_out^+: a layer that gives [u^x, u^d] in place of u^x, and u^d = 0 at first.
-
     layer: a Linear or Conv whose outputs are patches, laid out as in `widen_input`, or a
     ConvTranspose. ValueError for other layers."""
     if type(layer) is nn.Linear and layer.out_features % C == 0:
@@ -422,7 +419,6 @@ def find_guidance(mode, has_motion):
 
 def guided_velocity(model, x, d, t, y, w1=5., w2=3., mode="inner", null=None):
     """The guided velocity of [x, d], each (B, C, ...), at time t -> u (B, 2C, ...).
-
     All terms run in one batch; those of weight 0 do not run. d = None: a model without motion,
     mode "cfg" or "none", u (B, C, ...). ValueError as `find_guidance`."""
     null = drop_text(y, torch.ones(len(x), dtype=torch.bool, device=x.device), null)
@@ -481,9 +477,8 @@ class TAEConfig:
         return math.prod(time), self.patch * math.prod(space)
 
 class SpaceTimeConv(nn.Module):
-    """A 3 x 3 convolution in space, then one of 3 taps in time, on (B, T, H, W, C). Both start as a
-    centre tap, in time the identity (as in Movie Gen), in space a rotation of the channels: with
-    random taps, small objects are learned much later."""
+    """A 3 x 3 convolution in space, then 3 taps in time, on (B, T, H, W, C). Both start as a centre
+    tap (random taps learn small objects late): the identity in time, a rotation of C in space."""
     def __init__(self, c_in, c_out, stride=(1, 1)):
         super().__init__()
         self.space = nn.Conv2d(c_in, c_out, 3, stride=stride[1], padding=1)
@@ -577,8 +572,8 @@ class TAE(nn.Module):
         """Fits mean and whitening to batches of video or RGB flow: mean 0, variance 1 on average
         over channels, and equal latent error gives equal pixel error. (The paper has one latent
         space; the scaling decides how much d weighs in Eq. 6, and how early it leaves the noise.)
-        With J the decoder's Jacobian, z^T E[J^T J] z is how far z moves the pixels. Its
-        eigenvectors become the channels, scaled by the square roots of its eigenvalues."""
+        z^T E[J^T J] z, J being the decoder's Jacobian, is how far z moves the pixels: its
+        eigenvectors become the channels, times the square roots of its eigenvalues."""
         latents, sensitivity = [], 0
         for video in batches:
             mean = self.posterior(video)[0].float().detach().requires_grad_()
@@ -622,9 +617,9 @@ def token_row(prompt, max_bytes):
     return torch.tensor(row + [EOS], device="cpu")
 
 def tokenize(prompts, max_bytes=None):
-    """List of str -> LongTensor (B, L): UTF-8 bytes + 1, max_bytes at most, then EOS, PAD. The null
-    prompt "" is EOS alone. PAD also follows each space: words then begin at multiples of FOLD and
-    fold alike wherever they stand, and the toy learns motion words sooner. ValueError: a str."""
+    """List of str -> LongTensor (B, L): UTF-8 bytes + 1, max_bytes at most, then EOS, PAD. PAD also
+    follows each space: words begin at multiples of FOLD and fold alike wherever they stand, so the
+    toy learns them sooner. ValueError: a str."""
     if isinstance(prompts, str):
         raise ValueError(f"prompts must be a list of str, got {prompts!r}")
     rows = [token_row(prompt, max_bytes) for prompt in prompts]
@@ -741,10 +736,9 @@ class VideoJAM:
     def generate(self, prompts, steps=100, w1=5., w2=3., seed=0, mode=None, emulated=1000, batch=16,
                  motion_steps=None, progress=None):
         """List of prompts -> video, RGB motion (None without motion): (B, T, 3, H, W) in [0, 1].
-
         mode: a key of GUIDANCE; default "inner", without motion "cfg". Sample i starts from the
-        noise of seed + i, the same for every model. In bf16 where that is fast. ValueError: no
-        prompts, steps or a mode that cannot be, a video that is not finite."""
+        noise of seed + i, the same for every model. ValueError: no prompts, steps or a mode that
+        cannot be, a video that is not finite."""
         if not prompts:
             raise ValueError("no prompt: give at least one")
         device, motion = next(self.dit.parameters()).device, self.dit.config.motion
