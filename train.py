@@ -786,16 +786,18 @@ def step_flops(preset):
 
 def print_expected_time(run):
     """Says about how long the run will take here, all stages: half the rate of matrix products."""
+    if run.stages == ["raft"]:
+        return
     side, flops, total, each = 1024, step_flops(run.preset), 0, 0
     square = torch.randn(side, side, device=run.device, dtype=run.args.precision)
     product = Timer("a @ a", globals={"a": square}, num_threads=torch.get_num_threads())
     rate = .5 * world_size() * 2 * side ** 3 / product.blocked_autorange().median
-    for stage in set(run.stages) & flops.keys():
+    for stage in run.stages:
         steps, _, batch = run.hyperparameters(stage)
         seconds = flops[stage] / rate * (1 if stage == "encode" else batch)
         total += seconds * max(0, steps - run.last(stage)[1].get("step", 0))
         each += seconds
-    look = f"; a look in ten: --steps {max(1, int(600 / each))} --out runs/look" if each else ""
+    look = f"; a look in ten: --steps {max(1, int(600 / each))} --out runs/look"
     print0(f"about {max(1, total / 60):.0f} minutes on this machine" + look * (total > 900))
 
 def dry_run(args):

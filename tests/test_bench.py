@@ -68,7 +68,7 @@ def test_folders_of_samples_are_measured(model_folder, run, tmp_path, refuses, m
     (tmp_path / "prompts.txt").write_text("a red square\n\na b/c " + "x" * 300 + "\n")
     for folder, seeds in (("a", 2), ("b", 1)):
         code, _, err = run(sample.main, "--prompts", tmp_path / "prompts.txt", "--out",
-                           tmp_path / folder, "--run", model_folder, "--steps", 1, "--n", seeds)
+                           tmp_path / folder, "--run", model_folder, "--steps", 1, "--n", seeds, "--upscale", 1)
         assert not code, err
     (tmp_path / "a" / "broken-0.mp4").write_bytes(b"no video")
     write_video(tmp_path / "a" / "a red square-2.gif", torch.rand(5, 3, 16, 16), 8)

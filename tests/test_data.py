@@ -380,6 +380,7 @@ def test_a_folder_goes_through_all_stages(captioned, tmp_path, run, monkeypatch)
     monkeypatch.setitem(train.DEFAULTS, "tiny", {"tae": (1, 1e-3, 4), "encode": (8, 0, 8),
                                                  "base": (1, 1e-3, 4), "jam": (1, 1e-3, 4)})
     monkeypatch.setattr(train, "WHITENING_CLIPS", 8)
+    monkeypatch.setattr(train, "print_expected_time", lambda run: None)
     monkeypatch.setattr(train.DiTStage, "preview", lambda *_: None)
     out = tmp_path / "run"
     flags = ("--preset", "tiny", "--no-compile", "--device", "cpu", "--out", out, "--data")

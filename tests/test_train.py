@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 import sys
+import types
 
 import imageio.v3 as iio
 import numpy as np
@@ -18,17 +19,18 @@ from data import Latents, Sprites
 from train import STAGES
 from videojam import TAE, DiT, VideoJAM, tokenize
 
-GENERATE = VideoJAM.generate
+GENERATE, EXPECTED_TIME = VideoJAM.generate, train.print_expected_time
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny():
     """A preset that passes through a stage in a second."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(train.PRESETS, "tiny", TINY)
-        patch.setitem(train.DEFAULTS, "tiny", {"tae": (4, 1e-3, 4), "encode": (32, 0, 8),
+        patch.setitem(train.DEFAULTS, "tiny", {"tae": (3, 1e-3, 4), "encode": (32, 0, 8),
                                                "base": (3, 1e-3, 4), "jam": (3, 1e-3, 4)})
         patch.setattr(train, "SHARD", 16)
         patch.setattr(train, "WHITENING_CLIPS", 32)
+        patch.setattr(train, "print_expected_time", lambda run: None)       # it measures
         yield
 
 @pytest.fixture(scope="module")
@@ -72,8 +74,9 @@ def logged(out, stage):
 # ---------------------------------------------------------------- all stages
 
 def test_one_command_writes_checkpoints_previews_metrics_and_model(finished):
-    for stage, steps in (("tae", 4), ("base", 3), ("jam", 3), ("control", 3)):
-        assert checkpoint(finished, stage)["step"] == steps
+    for stage in ("tae", "base", "jam", "control"):
+        steps = checkpoint(finished, stage)["step"]
+        assert steps == 3
         assert len(checkpoints(finished, stage)) == 2
         assert iio.imread(finished / f"previews/{stage}-{steps:06d}.mp4").shape[0] == TINY.frames
         assert [row["step"] for row in logged(finished, stage)] == list(range(1, steps + 1))
@@ -166,7 +169,7 @@ def test_jam_begins_as_the_base_with_add_motion(finished, tmp_path, run, monkeyp
             ("base", ("--init", tmp_path / "base.pt"), file["dits"]["base"])]):
         out = begun(finished, tmp_path / str(i), stage)
         tae = torch.load(out / "tae.pt")
-        torch.save({**tae, "origin": " ".join(map(str, more)) or "step 4"}, out / "tae.pt")
+        torch.save({**tae, "origin": " ".join(map(str, more)) or "step 3"}, out / "tae.pt")
         assert run(train.main, *train_flags(out, "--stage", "jam", *more))[0] == 0
         expected = DiT(TINY.dit)
         expected.load_state_dict(weights)
@@ -394,18 +397,16 @@ def test_a_preview_that_fails_does_not_end_the_run(finished, tmp_path, run, quic
 
 # ---------------------------------------------------------------- several processes
 
-def test_two_processes_equal_one(tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    options = {"steps": 6, "TINY_STAGES": "tae encode base jam"}
-    at_once(train_command(0, one, **options), train_command(
-        2, two, "--accumulate", "2", "--activation-checkpointing", **options))
+def test_two_processes_equal_one(finished, tmp_path):
+    at_once(train_command(2, tmp_path / "two", "--accumulate", "2", "--activation-checkpointing",
+                          steps=3, TINY_STAGES="tae encode base jam"))
     for stage in ("tae", "base", "jam"):
         alone, shared = ([{key: value for key, value in row.items() if "bins" not in key
                            and value is not None} for row in logged(out, stage)]
-                         for out in (one, two))
+                         for out in (finished, tmp_path / "two"))
         for row in alone + shared:
             del row["stage"]
-        assert [row["step"] for row in alone] == list(range(1, 7))
+        assert [row["step"] for row in alone] == [1, 2, 3]
         bound = 5e-5 if stage == "jam" else 2e-5    # jam's new rows carry the rounding further
         assert alone == [pytest.approx(row, rel=bound) for row in shared]
 
@@ -434,6 +435,19 @@ def test_init_takes_the_tae_and_each_stage_its_own_dit(finished, tmp_path, run, 
     assert "has another TAE, take another --out" in refuses(
         train.main, *train_flags(out, "--stage", "jam", "--init", tmp_path / "other.pt"))
     assert content(out) == before
+
+def test_the_expected_time_is_that_of_the_steps_that_are_left(finished, tmp_path, monkeypatch, capfd):
+    """At 1 FLOP a second and half of it used: 2 seconds a FLOP."""
+    timer = types.SimpleNamespace(blocked_autorange=lambda: types.SimpleNamespace(
+        median=2 * 1024 ** 3))
+    monkeypatch.setattr(train, "Timer", lambda *_, **__: timer)
+    monkeypatch.setattr(train, "step_flops", lambda preset: {"tae": 1, "encode": 2, "base": 3,
+                                                             "jam": 4, "control": 5})
+    for out, minutes in ((tmp_path, 2 * (3 * 4 + 32 * 2 + 3 * 4 * (3 + 4 + 5)) / 60),
+                         (finished, 2 * 32 * 2 / 60)):
+        monkeypatch.setattr(sys, "argv", ["train.py", *train_flags(out)])
+        EXPECTED_TIME(train.Run(train.parse()))
+        assert capfd.readouterr().out.startswith(f"about {minutes:.0f} minutes on this machine")
 
 def test_dry_run_knows_the_papers_models(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -39,6 +39,7 @@ def use_tiny_preset(steps, clips):
     train.VideoJAM.generate = lambda *_, **__: (torch.zeros(8, 5, 3, 16, 16), None)
     train.write_video = lambda path, *_: None
     common.fast_dtype = lambda device: torch.float32
+    train.print_expected_time = lambda run: None
 
 def use_large_preset():
     """The paper's 4b with two blocks of 32, one step a stage: it fits on one GPU."""
