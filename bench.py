@@ -1,12 +1,10 @@
 """The paper's experiments on the sprite world, each with a control that the paper does not have.
 
     python bench.py                         all of them (--quick for a look): runs/bench/report.html
-    python bench.py compare --n 500         one (runs/bench/compare/report.html) of motivation,
-                                            compare, ablation, sdedit
+    python bench.py compare --n 500         one of motivation, compare, ablation, sdedit
     python bench.py metrics FOLDER          VBench's motion metrics of anybody's videos
 
-assets/rate.html, opened in a browser, is the paper's human evaluation: it asks people which of two
-folders' videos is better, and counts their votes.
+The paper's human evaluation is the page assets/rate.html: open it in a browser.
 """
 import argparse
 import base64
@@ -33,7 +31,7 @@ from flow import RAFT, estimate_flow, flow_to_rgb
 from metrics import (VBENCH, cell, held_out_clips, interval, mean_row, paired, score_clips, vbench)
 from synthetic import HELD_OUT, sprite_clips
 from videojam import (Noise, VideoJAM, euler_sample, flow_matching_loss, interpolate, joint_loss,
-                      linear_quadratic, tokenize, weights_path)
+                      linear_quadratic, read_model_file, tokenize, weights_path)
 
 # ---------------------------------------------------------------- what the experiments start from
 
@@ -46,20 +44,16 @@ class Evaluator:
     def __init__(self, args):
         self.args, self.device, self.models = args, device_of(args.device), {}
         self.raft, path = RAFT.load().to(self.device), weights_path(args.run)
-        for which in ("jam", "base", "control"):
-            try:
-                self.models[which] = VideoJAM.load(path, which, self.device)
-            except ValueError:
-                if which == "jam":
-                    raise
-                print(f"{path}: no {which} model, its rows are left out")
-                continue
+        there = read_model_file(path)[2].keys() | {"jam"}       # which it must have
+        for which in sorted(there, reverse=True):
+            self.models[which] = VideoJAM.load(path, which, self.device)
             if self.device.type == "cpu" and can_compile(self.device):  # a GPU samples faster
                 compile_layers(self.models[which].dit)
+        for which in {"base", "control"} - there:
+            print(f"{path}: no {which} model, its rows are left out")
         self.config, self.tae = self.models["jam"].config, self.models["jam"].tae
         self.video, self.flow, self.captions, self.scenes = held_out_clips(
             args.n, self.config.frames, self.config.size)
-        self.rgb = flow_to_rgb(self.flow, self.config.sigma)
 
     @functools.lru_cache(4)             # compare's samples, which ablation shows again
     def sample(self, which="jam", **options):
@@ -80,10 +74,10 @@ class Evaluator:
         return x1, d1, *(torch.randn(x1.shape, generator=generator).to(x1) for _ in range(2))
 
     @torch.no_grad()
-    def reconstruct(self, video, motion=False):
-        """Video, or RGB flow, through the TAE: the upper bound of what a DiT can reach."""
-        return in_parts(lambda v: self.tae.decode(self.tae.encode(v.to(self.device), motion),
-                                                  motion, self.config.frames).cpu(), video)
+    def reconstruct(self, video):
+        """Video through the TAE: the upper bound of what a DiT can reach."""
+        return in_parts(lambda v: self.tae.decode(self.tae.encode(v.to(self.device)),
+                                                  frames=self.config.frames).cpu(), video)
 
     @property
     def upper_bounds(self):
@@ -192,13 +186,10 @@ def compare(e):
               paired_table({name: results[name] for name in (alone, guided)}, alone),
               (["motion as named %", *counts], by_kind),
               ([f"the first {min(n, args.few)} prompts", *header[1:]], by_raft)]
-    psnr = [cell((-10 * (a - b).square().mean((1, 2, 3, 4)).log10()).tolist()) for a, b in (
-        (e.video, videos["through the TAE"]), (e.rgb, e.reconstruct(e.rgb, True)))]
     return {"about": f"n = {n} prompts of held-out clips ({len(set(e.captions))} of them "
                      f"different), {args.seeds} samples each, the same noise for every model, "
                      f"{args.steps} steps, w1 = {args.w1:g}; 95% intervals over prompts, Wilson's "
-                     "for shares, else by bootstrap; p values are not corrected for their number. "
-                     f"TAE: {psnr[0]} dB, RGB flow {psnr[1]} dB.",
+                     "for shares, else by bootstrap; p values are not corrected for their number.",
             "tables": tables, "clips": results,
             "shown": [(name, video[:8]) for name, video in videos.items()]
             + [("motion predicted by VideoJAM", e.sample()[1][:8])]}
@@ -263,16 +254,13 @@ def sdedit(e):
 # ---------------------------------------------------------------- folders of anybody's videos
 
 class VideoFile:
-    """A video file's frames (3, H, W) in [0, 1] on a device, resized to size x size unless None:
-    decoded anew each time they are gone through, so it may have any length."""
-    def __init__(self, path, size, device):
-        self.path, self.size, self.device = path, size, device
+    """A video file's frames (3, H, W) in [0, 1] on a device: decoded anew each time they are gone
+    through, so it may have any length."""
+    def __init__(self, path, device):
+        self.path, self.device = path, device
 
     def __iter__(self):
-        for frame in open_video(self.path):
-            frame = frame.to(self.device) / 255
-            yield frame if self.size is None else F.interpolate(
-                frame[None], (self.size, self.size), mode="bilinear", antialias=True)[0]
+        return (frame.to(self.device) / 255 for frame in open_video(self.path))
 
 def metrics(args):
     """VBench's motion metrics of a folder of videos, named PROMPT-INDEX as VBench does."""
@@ -282,7 +270,7 @@ def metrics(args):
     for name in tqdm(names, "metrics", disable=not names):
         try:
             _, fps = frames_and_rate(folder / name)
-            rows[name] = vbench(VideoFile(folder / name, args.size, device), fps, raft)
+            rows[name] = vbench(VideoFile(folder / name, device), fps, raft)
             prompt = re.sub(r"-\d+$", "", Path(name).stem)
             prompts.setdefault(prompt, []).append(rows[name])
             if prompt == Path(name).stem:
@@ -292,8 +280,7 @@ def metrics(args):
             skipped += 1
     if not rows:
         raise ValueError(f"{folder}: no video in it that can be read, {skipped} that cannot")
-    size = f"resized to {args.size} px" if args.size else "in their own sizes"
-    return {"about": f"n = {len(rows)} videos of {len(prompts)} prompts, {size}, {skipped} "
+    return {"about": f"n = {len(rows)} videos of {len(prompts)} prompts, {skipped} "
                      "skipped. Means of prompts, whose videos are averaged first; 95% intervals "
                      "over prompts. By VBench's formulas; RAFT is ours, and in AMT's place.",
             "tables": [score_table({str(folder): list(map(mean_row, prompts.values()))}, VBENCH)],
@@ -383,7 +370,6 @@ def parse():
     flag("--w1", type=float, default=5., help="text guidance (%(default)g)")
     flag("--w2", type=float, default=3., help="motion guidance (%(default)g)")
     flag("--quick", action="store_true", help="16 prompts, 25 steps, RAFT for 4 of them: a look")
-    flag("--size", type=positive_int, help="metrics: resize videos to so many pixels a side first")
     flag("--device", help="default: a GPU if there is one")
     flag("--out", type=Path, help="folder; default: runs/bench, or in it")
     args = parser.parse_intermixed_args()

@@ -188,7 +188,6 @@ def print_skipped(reasons):
 class Sprites:
     """The sprite world, endless: clip i is seed i, with its exact flow."""
     example = "a red square moves left"
-
     def __init__(self, preset, clutter):
         self.preset, self.clutter = preset, clutter
 
@@ -260,8 +259,8 @@ class Folder:
         print_skipped({name: one["reason"] for name, one in listing.items() if "reason" in one})
 
     def prepare(self, limit, workers):
-        """Writes the first frames of the videos and their RGB flow, of all `limit` frames at most,
-        of one a quarter of them, and opens them: {name: (2, n, 3, size, size) uint8}."""
+        """Writes the first frames of the videos and their RGB flow, about `limit` in all, of one a
+        quarter of that at most, and opens them: {name: (2, n, 3, size, size) uint8}."""
         T, S, fps, wanted, paths = self.preset.frames, self.preset.size, self.preset.fps, {}, {}
         for name in sorted(self.videos, key=lambda name: zlib.crc32(os.fsencode(name))):
             if sum(wanted.values()) < limit:

@@ -171,9 +171,6 @@ class RAFT(nn.Module):
         self.update_block = UpdateBlock()
 
     def forward(self, frame1, frame2, iters=12):
-        if frame1.shape != frame2.shape:
-            raise ValueError(f"frames of different sizes: {tuple(frame1.shape)} and "
-                             f"{tuple(frame2.shape)}")
         flows = self.flows(self.prepare(torch.cat([frame1, frame2])), iters)
         return [self.restore(flow, *frame1.shape[-2:]) for flow in flows]
 
@@ -317,8 +314,7 @@ def main():
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("video", nargs="?", type=Path, help="a video file")
     parser.add_argument("--out", type=Path, help=".mp4 to write (default: VIDEO-flow.mp4)")
-    parser.add_argument("--weights", default=ROOT / "weights/raft.pt",
-                        help="RAFT-small's weights (default: weights/raft.pt)")
+    parser.add_argument("--weights", default=ROOT / "weights/raft.pt", help="RAFT-small's weights")
     parser.add_argument("--train", action="store_true", help="moved to train.py --stage raft")
     args = parser.parse_args()
     if args.train:

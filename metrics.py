@@ -154,16 +154,11 @@ def held_out_clips(n, frames, size, start=HELD_OUT + 10_000):
 
 def score_clips(video, scenes):
     """Scores of clips (N, T, 3, S, S) against the scenes that they should show, a dict each:
-
-        detected    something of the named colour and a sprite's size in all frames, no other colour
-        single      one connected region throughout
-        shape       the nearest template is the named shape
-        motion_ok   detected, and its motion is as named (see `fit_motion`)
-        single_motion_ok    all of single and motion_ok: two sprites may move as named together
-        error       distance from the fitted path in px, of those detected
-
-    None where a score does not apply. Of several samples of the scenes (all first ones come first),
-    the mean."""
+    detected (something of the named colour and a sprite's size in all frames, no other colour);
+    single (one connected region throughout); shape (the nearest template is the named one's);
+    motion_ok (detected, and moving as named, see `fit_motion`); single_motion_ok (both: two sprites
+    may move as named together); error (distance from the fitted path in px, or None). Of several
+    samples of the scenes (all first ones come first), the mean."""
     rows = []
     for clip, scene in zip(video, itertools.cycle(scenes)):
         sprite, S = scene["sprites"][0], clip.shape[-1]

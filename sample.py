@@ -7,7 +7,7 @@
 A file for each sample: new ones in outputs/, the one that --out names (numbered if there are
 several), or in a folder that it names, called PROMPT-INDEX.mp4 as VBench wants them. With --compare
 the base model (classifier-free guidance) is on the left and VideoJAM on the right, from the same
-noise.
+noise. Sampling itself is `VideoJAM.generate` and `euler_sample` in videojam.py.
 """
 import os
 import re
@@ -59,10 +59,10 @@ def read_prompts(args):
 def print_hints(run, prompts, max_bytes):
     """Says what a model cannot know of some prompts: words, or what is beyond max_bytes."""
     captions, listing = [], Path(run or "", "videos.json")
-    if run and listing.is_file():
-        captions = [entry["caption"] for entry in read_json(listing).values() if "frames" in entry]
-    elif not run or Path(run, "settings.json").is_file():
+    if not run:
         captions = [Sprites.example, *(sprite_scene(i, 2, .5)["caption"] for i in range(300))]
+    elif listing.is_file():                     # only runs on own videos have it
+        captions = [entry["caption"] for entry in read_json(listing).values() if "frames" in entry]
     words = set(re.findall(r"\w+", " ".join(captions).lower()))
     for prompt in prompts:
         unknown = [word for word in re.findall(r"\w+", prompt.lower()) if word not in words]

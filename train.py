@@ -8,7 +8,8 @@
     python train.py --preset 30b --gpus 256 --dry-run                   what that would take
 
 Stages: tae; encode (latents of videos and of their RGB flow); base (Eq. 3); jam (Eq. 6, from the
-base); control (Eq. 3, from the base, with jam's steps, clips, noise and learning rate).
+base); control (Eq. 3, from the base, with jam's steps, clips, noise and learning rate, only that
+jam's new rows learn faster). For a first reading: DiTStage.losses, Trainer.update, train_loop.
 
 A run is a folder; its model.pt is the file to share, which `python sample.py --run FOLDER` takes.
 Run a command again to resume: bit-exact on a CPU, for a sample's randomness depends on (seed,
@@ -76,6 +77,7 @@ VERSION = 11                            # of a run's folder: raised when old run
 SHARD = 256                             # clips in a file of latents
 WHITENING_CLIPS = 256                   # that the TAE's whitening is fitted on
 CHECKPOINT_SECONDS = 60                 # between two; or 20 times what one takes to write
+WARMUP_STEPS, MAX_NORM, EMA_DECAY = 200, 1., .999
 MAX_BAD_STEPS = 10                      # in a row, whose gradient is not finite, end a run
 T_BINS = 5                              # losses are logged apart for t in [0, .2), [.2, .4), ...
 MOTION_LR_SCALE = 5.                    # of the new rows and columns of W_in and W_out
@@ -171,10 +173,14 @@ class Run:
         row = DEFAULTS[args.preset].get("jam" if stage == "control" else stage, RAFT_DEFAULTS)
         if begun := status or stage == "control" and self.last("jam")[1]:
             row = begun["of"], begun["lr"], begun["batch"]
-        flags = args.steps, args.lr, None if stage == "encode" != args.stage else args.batch
+        if stage == "encode" and (manifest := self.out / "latents/manifest.json").exists():
+            row = read_json(manifest, "clips")["clips"], *row[1:]
+        is_own = stage != "encode" or args.stage == "encode"    # encode's batch is each GPU's
+        flags = args.steps, args.lr, args.batch if is_own else None
         steps, lr, batch = (value if flag is None else flag for flag, value in zip(flags, row))
         parts = world_size() * args.accumulate
-        unit = 8 * parts if stage == "raft" and parts > 1 else parts    # a batch may be an eighth
+        # raft's batches of large frames have an eighth of the pairs
+        unit = 8 * parts if stage == "raft" and parts > 1 else parts
         if stage != "encode" and steps > status.get("step", 0) and batch % unit:
             raise ValueError(f"{stage}: a batch of {batch} does not divide into {world_size()} "
                              f"processes x {args.accumulate} parts: take a multiple of {unit}")
@@ -276,7 +282,8 @@ class Run:
 
 def distribute(model, run):
     """The model on the device; under torchrun in shards (FSDP2), gathered layer by layer in the
-    compute precision. A process never holds more than one whole layer of a model on "meta"."""
+    compute precision. What is on "meta" is allocated and sharded layer by layer too, so that no
+    process ever holds more than one whole layer."""
     args, layers = run.args, []
     set_activation_checkpointing(model, args.activation_checkpointing)
     if isinstance(model, DiT):
@@ -360,11 +367,16 @@ def show_preview(run, stage, step):
 
 class Trainer:
     """A stage's weights, their exponential moving average (EMA) and optimizers, from the last
-    checkpoint on. A stage has: name; model; settings {name: value} that it cannot be resumed
-    without; notes, only written down; lr_scale, Muon's; decay, the share of steps over which the
-    learning rate falls; load(step, places) -> the data of places in the batch, a list, called in
-    threads ahead of time; losses(data) -> pairs of a scalar, whose sum is the loss, and
-    {name: (n,)} to report; and preview(checkpoint, step)."""
+    checkpoint on. A stage has
+
+        name, model
+        settings                {name: value}: must be the same when the stage is resumed
+        notes                   {name: value}: written down beside them
+        lr_scale                Muon's
+        decay                   the share of steps over which the learning rate falls
+        load(step, places)      the data of some places in the batch, a list; called in threads
+        losses(data)            pairs of a scalar, whose sum is the loss, and {name: (n,)} to report
+        preview(checkpoint, step)"""
     def __init__(self, run, stage):
         self.stage, self.model, self.accumulate = stage, stage.model.train(), run.args.accumulate
         self.steps, self.lr, self.batch = run.hyperparameters(stage.name)
@@ -388,15 +400,15 @@ class Trainer:
         """One step: gradients in --accumulate parts, clipped to norm 1; optimizers; EMA. Returns
         what the losses report. A step that is not finite is skipped and returns nothing;
         MAX_BAD_STEPS in a row are a ValueError."""
-        # a short warm-up, a constant rate, then a line to zero over the last steps
-        self.rate = self.lr * min(1, (self.step + 1) / min(200, self.steps / 10 + 1),
-                                  (self.steps - self.step) / (self.stage.decay * self.steps))
+        self.rate = self.lr * min(
+            1, (self.step + 1) / min(WARMUP_STEPS, self.steps / 10 + 1),        # at first it rises
+            (self.steps - self.step) / (self.stage.decay * self.steps))         # and at last falls
         reports, n = [], math.ceil(len(data[0]) / self.accumulate)
         for start in range(0, len(data[0]), n):
             for loss, report in self.stage.losses([part[start:start + n] for part in data]):
                 (loss / self.accumulate).backward()
                 reports.append({name: values.detach() for name, values in report.items()})
-        norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), 1.)
+        norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), MAX_NORM)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm    # one for all ranks
         self.step += 1
         self.bad = 0 if norm.isfinite() else self.bad + 1
@@ -410,7 +422,7 @@ class Trainer:
             for optimizer in self.optimizers:
                 optimizer.param_groups[0]["lr"] = self.rate
                 optimizer.step()
-            decay = min(.999, (1 + self.step) / (10 + self.step))   # short runs forget their start
+            decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))  # so short runs forget more
             get_ema_multi_avg_fn(decay)(list(self.ema.values()), list(self.weights.values()), None)
         self.model.zero_grad()
         return reports
@@ -533,8 +545,8 @@ def train_tae(run):
 # ---------------------------------------------------------------- stage encode
 
 def read_manifest(run, clips=None):
-    """The shards of keys that are to be encoded, and the keys that are in none of them yet, of as
-    many clips (of each video) as encode was begun with, or `clips`."""
+    """The shards of keys that are to be encoded, and the keys that are in none of them yet, of
+    `clips` clips (of each video), by default as many as the last encode took."""
     path, content = run.out / "latents/manifest.json", {"clips": 0, "shards": []}
     if path.exists():
         content = read_json(path, "clips", "shards")
@@ -691,7 +703,7 @@ class DiTStage:
                     grid(*(part for part in shown if part is not None)), run.preset.fps)
 
 def finished_latents(run):
-    """The run's latents. ValueError if there are none, not all yet, or of another TAE."""
+    """The run's latents. ValueError if there are none, or not all yet."""
     latents, (shards, new) = Latents(run.out / "latents", run.dataset), read_manifest(run)
     if len(latents.shards) < len(shards) or not latents.captions:
         raise ValueError(f"{run.out}: encode has done {len(latents.shards)} of "
@@ -785,7 +797,8 @@ def step_flops(preset):
             "base": step, "jam": step, "control": step}
 
 def print_expected_time(run):
-    """Says about how long the run will take here, all stages: half the rate of matrix products."""
+    """Prints a rough estimate for what is left of all stages, at half the measured speed of a large
+    matrix product. RAFT and reading videos are not counted."""
     if run.stages == ["raft"]:
         return
     side, flops, total, each = 1024, step_flops(run.preset), 0, 0
@@ -801,9 +814,9 @@ def print_expected_time(run):
     print0(f"about {max(1, total / 60):.0f} minutes on this machine" + look * (total > 900))
 
 def dry_run(args):
-    """Prints what the preset's VideoJAM fine-tuning would take."""
+    """Prints what stage jam of the preset would take."""
     preset, gpus, checkpointing = PRESETS[args.preset], args.gpus, args.activation_checkpointing
-    _, T, H, W = preset.latent_shape()
+    tokens = math.prod(preset.latent_shape()[1:]) // preset.dit.patch ** 2
     with torch.device("meta"):
         dit = DiT(preset.dit).add_motion()
     forward, P = step_flops(preset)["jam"] / 3, sum(p.numel() for p in dit.parameters())
@@ -813,21 +826,19 @@ def dry_run(args):
     steps, batch = args.steps or steps, args.batch or batch
     clips, passes = max(1, batch // gpus // args.accumulate), 4 if checkpointing else 3
     hours = steps * batch * passes * forward / (args.tflops * 1e12 * 3600)
-    weights, moments = 12e-9 * P / gpus, 4e-9 * moments / gpus
-    activations = 1e-9 * clips * activation_bytes(preset, checkpointing)
-    print(f"""\
-{args.preset} on {gpus} GPUs of {args.tflops:g} TFLOP/s: {steps} steps of jam, {batch} clips each
-  parameters of the DiT                           {P / 1e9:,.3f} B
-  tokens a clip                                   {T * H * W // preset.dit.patch ** 2:,}
-  activation checkpointing                        {"on" if checkpointing else "off"}
-  FLOPs a clip, forward                           {forward / 1e12:,.3f} T
-  memory a GPU: weights, gradients and EMA, fp32  {weights:,.3f} GB
-  memory a GPU: moments of Muon and AdamW, fp32   {moments:,.3f} GB
-  memory a GPU: activations                       {activations:,.3f} GB for {clips} clips
-  memory a GPU: in all                            {weights + moments + activations:,.3f} GB
-  time                                            {hours / gpus:,.3f} h
-  time of all GPUs together                       {hours:,.3f} h
-not counted: waiting, layers while they are gathered, the framework's own GB or two""")
+    memory = [12e-9 * P / gpus, 4e-9 * moments / gpus,
+              1e-9 * clips * activation_bytes(preset, checkpointing)]
+    print(f"{args.preset} on {gpus} GPUs of {args.tflops:g} TFLOP/s: {steps} steps of jam, {batch} "
+          f"clips each, activation checkpointing {'on' if checkpointing else 'off'}")
+    for name, value in {
+            "parameters of the DiT, billions": P / 1e9, "tokens a clip": tokens,
+            "TFLOPs a clip, forwards": forward / 1e12,
+            "GB a GPU: weights, gradients and EMA, fp32": memory[0],
+            "GB a GPU: moments of Muon and AdamW, fp32": memory[1],
+            f"GB a GPU: activations of {clips} clips": memory[2], "GB a GPU: in all": sum(memory),
+            "hours": hours / gpus, "hours of all GPUs together": hours}.items():
+        print(f"  {name:<50}{value:,.3f}")
+    print("not counted: waiting, layers while they are gathered, the framework's own GB or two")
 
 # ---------------------------------------------------------------- command line
 
@@ -843,8 +854,7 @@ def parse():
     flag("--steps", type=positive_int, help="of each stage (encode: clips; with --data, per video)")
     flag("--lr", type=positive, help="learning rate of each stage")
     flag("--batch", type=positive_int, help="clips a step, on all GPUs; --stage encode: on each")
-    flag("--accumulate", type=positive_int, default=1, help="parts of a process's share of the "
-         "batch, computed one after the other")
+    flag("--accumulate", type=positive_int, default=1, help="parts in which a batch is computed")
     flag("--clutter", type=fraction, default=0., help="sprite world: share of textured backgrounds "
          "and of scenes with several sprites (default 0; the shipped weights': 0.2)")
     flag("--uniform-t", action=switch, help="t: uniform (the toy's default) or logit-normal")
@@ -859,7 +869,7 @@ def parse():
     flag("--precision", choices=("bf16", "fp32"), help="default: bf16 where that is fast")
     flag("--compile", action=switch, help="default: where there is a C++ compiler")
     flag("--activation-checkpointing", action=switch, help="default: for 4b and 30b")
-    flag("--dry-run", action="store_true", help="print what the preset would take")
+    flag("--dry-run", action="store_true", help="print what stage jam would take")
     flag("--gpus", type=positive_int, default=1, help="dry run: how many")
     flag("--tflops", type=positive, default=400, help="dry run: sustained by a GPU")
     args = parser.parse_args()
@@ -871,7 +881,7 @@ def parse():
     args.device = device_of(args.device)
     args.precision = {"bf16": torch.bfloat16, "fp32": torch.float32,
                       None: fast_dtype(args.device)}[args.precision]
-    # a toy's few latents are decided before t = .1, of which logit-normal samples only 1.4%
+    # a toy's few latents are decided before t = .1, where logit-normal has only 1.4% of its samples
     defaults = {"uniform_t": toy, "t_shift": 3. if toy else 1., "compile": can_compile(args.device),
                 "prepare": 2_400 if args.device.type == "cpu" else 20_000,
                 "out": f"runs/{'raft' if raft else Path(args.data or args.preset).name}",

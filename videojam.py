@@ -8,16 +8,18 @@
 
 Legend, used everywhere:
 
-    t           time: t = 0 is noise, t = 1 is data. A "step" is the sampler's index, 0 to 99
+    t           time: t = 0 is noise, t = 1 is data. A "sampling step" is the paper's index, 0 to 99
     x, d, y     appearance, motion, text; x_t is x at time t, x1 is data, x0 is noise
+    z           what a model takes: x, or [x, d]
     u           the predicted velocity; after 4.2 u = [u^x, u^d]: 2C channels, x's first, then d's
     w1, w2      guidance scales of text and of motion
     video       (B, T, 3, H, W) in [0, 1], appearance or motion as RGB
     latent      (B, C, T', H', W'), what the model works on
 
-The losses, the guidance and the sampler know a model only as model(x, t, y), so they work with
-other people's transformers too. y is a tensor or a dict of tensors, each with a batch axis; `null`,
-the y of an empty prompt, has those entries of a dict that are dropped (default: our tokens of "").
+The losses, the guidance and the sampler know a model only as model(z, t, y), so they work with
+other people's transformers too. y is a tensor or a dict of tensors, each with a batch axis. `null`
+is the y of an empty prompt, by default our tokens of ""; of a dict it holds only the entries to
+replace where the text is dropped, the others stay.
 """
 import dataclasses
 import functools
@@ -47,7 +49,7 @@ def velocity(x1, x0):
 
 class Noise(NamedTuple):
     """All that is random in a training step, one entry per sample. See `sample_noise`."""
-    t: torch.Tensor                     # (B,) in (0, 1)
+    t: torch.Tensor                     # (B,) from 0 to 1
     x0: torch.Tensor                    # (B, C, ...)
     d0: torch.Tensor                    # (B, C, ...)
     no_text: torch.Tensor               # (B,) bool: the text is dropped
@@ -64,10 +66,10 @@ def sample_noise(shape, generator=None, uniform=False, shift=1., text_dropout=.3
     """The `Noise` for latents of a shape (B, C, ...), on the CPU, from one CPU generator.
 
     t is logit-normal(0, 1) as in Movie Gen, or uniform; a shift above 1 moves it towards 0, noise,
-    as Stable Diffusion 3 does; t_range: [0, 1] is mapped to it, for one of several experts. Sec.
-    4.3 drops the text in 30% and the motion in 20% of the steps; here per sample, independently."""
+    as Stable Diffusion 3 does. t_range: its interval, for a model of a part of the noise levels
+    (Wan 2.2's experts). Sec. 4.3 drops the text in 30% and the motion in 20% of the training steps;
+    here per sample, independently."""
     low, high = t_range
-    # what x needs comes first, so that a model without motion gets the same noise as one with it
     x0 = torch.randn(shape, generator=generator)
     t = torch.rand(shape[:1], generator=generator) if uniform else \
         torch.randn(shape[:1], generator=generator).sigmoid()
@@ -100,8 +102,8 @@ def mean_squared_error(u, v, reduction):
     return error.mean() if reduction == "mean" else error.flatten(2).mean(2)
 
 def flow_matching_loss(model, x1, y, null=None, noise=None, reduction="mean", **options):
-    """Eq. 3, as a mean over samples, channels and positions. x1 (B, C, ...), y (B, ...).
-    noise: by default `sample_noise` with the options. reduction "channels": a row for a sample."""
+    """Eq. 3, E ||u - v||^2, as a mean over samples, channels and positions; x1 (B, C, ...), y (B,
+    ...). noise: `sample_noise` with the options. reduction "channels": the means, (B, C)."""
     n = (noise or sample_noise(x1.shape, **options)).like(x1)
     x_t = interpolate(x1, n.x0, n.t)                                                # Eq. 1
     y = drop_text(y, n.no_text, null)                                               # Sec. 4.3
@@ -166,7 +168,7 @@ def attend(q, k, v, mask=None):
     return scores.softmax(-1).to(v.dtype) @ v
 
 class Attention(nn.Module):
-    """Multi-head attention with QK-norm: to itself (with rope), or to a context (with a mask)."""
+    """Multi-head attention with QK-norm, to itself or to a context, with rope or a mask or both."""
     def __init__(self, width, heads, context_width=None):
         super().__init__()
         self.heads, head_dim = heads, width // heads
@@ -178,7 +180,7 @@ class Attention(nn.Module):
     def forward(self, x, context=None, rope=None, mask=None):
         B, N, width = x.shape
         context = x if context is None else context
-        q = self.to_q(x).view(B, N, self.heads, -1)
+        q = self.to_q(x).view(B, N, self.heads, -1)                     # (B, N, heads, head_dim)
         k, v = self.to_kv(context).view(B, context.shape[1], 2, self.heads, -1).unbind(2)
         # the norm's weights in bf16 too under autocast: torch fuses no norm of mixed dtypes
         q, k = (F.rms_norm(part, part.shape[-1:], norm.weight.to(part.dtype), norm.eps)
@@ -200,7 +202,8 @@ class SwiGLU(nn.Module):
 
 class Block(nn.Module):
     """Self-attention over all space-time tokens, cross-attention to the text, SwiGLU. adaLN: shift,
-    scale and gate are one projection of t for all blocks (PixArt's adaLN-single) plus a table."""
+    scale and gate are one projection of t for all blocks (PixArt's adaLN-single) plus a table.
+    h (B, N, width), modulation (B, 6, width), text (B, L', text_width), mask (B, 1, 1, L')."""
     def __init__(self, c):
         super().__init__()
         self.attention = Attention(c.width, c.heads)
@@ -252,7 +255,8 @@ class DiT(nn.Module):
             initialize(self.modules())
 
     def add_motion(self):
-        """Sec. 4.2: widens W_in and W_out for d, with zeros: u^x stays the same to the bit."""
+        """Sec. 4.2: zero rows in W_in for d: u^x stays the same. (W_out's new columns, which the
+        paper leaves open, are zero too.)"""
         if self.config.motion:
             raise ValueError("this DiT has its motion rows already")
         self.W_in = widen_input(self.W_in, self.config.channels, channel_last=True)
@@ -270,7 +274,7 @@ class DiT(nn.Module):
         t = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x))
         angles = 1000 * t[:, None] * 1e4 ** -(torch.arange(128, device=x.device) / 128)
         emb = self.time(torch.cat([angles.cos(), angles.sin()], 1))     # (B, width)
-        modulation = self.modulation(F.silu(emb)).view(len(x), 6, c.width)
+        modulation = self.modulation(F.silu(emb)).view(len(x), 6, c.width)      # (B, 6, width)
         rope = rope_table((T, H // c.patch, W // c.patch), c.width // c.heads, x.device)
         h = self.W_in(patchify(x, c.patch))                             # (B, N, width)
         h = h + self.position(torch.cat(rope, 1).to(h.dtype))
@@ -280,8 +284,8 @@ class DiT(nn.Module):
         return unpatchify(u, c.patch, (T, H, W)).float()
 
 def initialize(modules):
-    """First weights of a DiT's modules, all or some, each after what contains it. Blocks start as
-    the identity and u as zero: a deep stack then trains at once (adaLN-Zero)."""
+    """First weights of a DiT's modules, parents before children, because a parent says which of
+    them start at zero: blocks as the identity, u as 0 (adaLN-Zero); a deep stack trains at once."""
     zero = set()
     for module in modules:
         if isinstance(module, DiT):
@@ -304,11 +308,10 @@ def initialize(modules):
 # W_out its axis 0.
 
 CONVS = nn.Conv1d, nn.Conv2d, nn.Conv3d
-TRANSPOSED_CONVS = nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
 
 def widen(weight, axis, C, channel_last, others=0, at=None):
-    """Zeros for d's C channels, before channel `at` (default: after x's C), along a weight's axis:
-    (offsets, C + others) with channel_last, else (C + others, offsets)."""
+    """A weight with zeros for d's C channels, before channel `at` (default: after x's C), along its
+    axis: (positions of a patch, C + others) with channel_last, else (C + others, positions)."""
     along = axis + channel_last
     parts = weight.unflatten(axis, (-1, C + others) if channel_last else (C + others, -1))
     before, after = parts.tensor_split([C if at is None else at], along)
@@ -322,8 +325,8 @@ def new_entries(weight, axis, C, channel_last, others=0, at=None):
     return widen(old, axis, C, channel_last, others, at) == 0
 
 def widen_layer(layer, size, axis, C, channel_last, others=0, at=None):
-    """A new layer like this one, without its hooks, with d's channels too, zero at first. size: how
-    their number is called, "in_features" for example."""
+    """A new layer like this one (without its hooks, which are the old one's) with d's channels too,
+    zero at first. size: the argument that counts them, "in_features" for example."""
     options = {name: getattr(layer, name) for name in inspect.signature(type(layer)).parameters
                if name not in ("bias", "device", "dtype")}
     weight, bias = widen(layer.weight.detach(), axis, C, channel_last, others, at), layer.bias
@@ -347,14 +350,12 @@ def widen_input(layer, C, channel_last, others=0, at=None):
 
 def widen_output(layer, C, channel_last):
     """W_out -> W_out^+: a layer that gives [u^x, u^d] in place of u^x, and u^d = 0 at first.
-    layer: a Linear or Conv whose outputs are patches, laid out as in `widen_input`, or a
-    ConvTranspose. ValueError for other layers."""
+    layer: a Linear or Conv whose outputs are patches, laid out as in `widen_input`. ValueError for
+    other layers."""
     if type(layer) is nn.Linear and layer.out_features % C == 0:
         return widen_layer(layer, "out_features", 0, C, channel_last)
     if type(layer) in CONVS and layer.out_channels % C == 0 and layer.groups == 1:
         return widen_layer(layer, "out_channels", 0, C, channel_last)
-    if type(layer) in TRANSPOSED_CONVS and layer.out_channels % C == 0 and layer.groups == 1:
-        return widen_layer(layer, "out_channels", 1, C, False)
     raise ValueError(f"cannot widen {layer} for an output of {C} channels")
 
 @torch.no_grad()
@@ -369,8 +370,8 @@ def check_velocity(before, model, x, t, y):
         raise ValueError(f"u^x is off by {error / size:.0%}: is channel_last, others or at wrong?")
 
 def joint_loss(model, x1, d1, y, null=None, noise=None, reduction="mean", **options):
-    """Eq. 6, as a mean over samples, channels and positions: u^+ = [u^x, u^d] against v^+, one t
-    for both. x1, d1 (B, C, ...); the other arguments are those of `flow_matching_loss`.
+    """Eq. 6, E ||u^+ - v^+||^2 with u^+ = [u^x, u^d], v^+ = [v^x, v^d] and one t, as a mean over
+    samples, channels and positions. x1, d1 (B, C, ...); else as `flow_matching_loss`.
 
     Where the motion is dropped (Sec. 4.3), d_t is zero and its target stays: the model learns to
     guess E[d_1] from appearance. d_0 cannot be guessed, so that part of the loss stays above 1."""
@@ -390,7 +391,9 @@ class Guidance(NamedTuple):
     terms: Callable                     # (w1, w2) -> [(weight, with d?, with y?), ...]
     late_w2: float | None = 0.
 
-WITHOUT_MOTION = "cfg", "none"          # modes for models without motion too: no term leaves d out
+WITHOUT_MOTION = "cfg", "none"          # modes for models without motion too: no term drops d
+# Eq. 7 weighs p(x, d | y) by p(y | x, d)^w1 and p(d | x, y)^w2; Eq. 8 says it with velocities:
+# (1 + w1 + w2) u(x,d,y) - w1 u(x,d,0) - w2 u(x,0,y), 0 being dropped (the paper's empty set).
 # w1 is the text scale, w2 the motion scale, in App. A's modes too (the paper swaps them there).
 # w1 = 5 in Eq. 8 is what others call a guidance scale of 6; in ip2p and composable it is one of 5.
 GUIDANCE = {
@@ -404,7 +407,8 @@ GUIDANCE = {
     # App. A: u(x,0,0) + w2 (u(x,d,0) - u(x,0,0)) + w1 (u(x,d,y) - u(x,d,0)); w2 = 1: text only
     "ip2p": Guidance(lambda w1, w2: [
         (1 - w2, False, False), (w2 - w1, True, False), (w1, True, True)], late_w2=1.),
-    # App. A: u(x,0,0) + w1 (u(x,0,y) - u(x,0,0)) + w2 (u(x,d,0) - u(x,0,0)); w2 alone sees d
+    # Eq. 9 as velocities, with weights (our reading): u(x,0,0) + w1 (u(x,0,y) - u(x,0,0))
+    # + w2 (u(x,d,0) - u(x,0,0)); w2 alone sees d
     "composable": Guidance(lambda w1, w2: [
         (1 - w1 - w2, False, False), (w1, False, True), (w2, True, False)], late_w2=None),
 }
@@ -446,8 +450,8 @@ def linear_quadratic(steps, emulated=1000):
 def euler_sample(model, x, d, y, times, w1=5., w2=3., mode="inner", null=None, motion_steps=None,
                  progress=None):
     """Euler steps from noise x, d (B, C, ...) at times[0] to times[-1]; returns x, d. d = None: a
-    model without motion. w2 acts in the first motion_steps, by default half of all (App. C).
-    progress: the name of a progress bar."""
+    model without motion. w2 acts in the first motion_steps, by default half of all (App. C), and is
+    the mode's late_w2 afterwards. progress: the name of a progress bar."""
     steps, C = len(times) - 1, x.shape[1]
     late_w2 = find_guidance(mode, d is not None).late_w2
     motion_steps = steps / 2 if motion_steps is None else motion_steps
@@ -546,7 +550,8 @@ class TAE(nn.Module):
         side, shape = self.config.compression[1], tuple(video.shape)
         if len(shape) != 5 or shape[2] != 3 or shape[3] % side or shape[4] % side:
             raise ValueError(f"TAE takes (B, T, 3, H, W), H and W multiples of {side}, got {shape}")
-        x = F.pixel_unshuffle((video - .7) * 3, self.config.patch)      # .7: RGB flow is white
+        # centred at .7, because RGB flow is mostly white
+        x = F.pixel_unshuffle((video - .7) * 3, self.config.patch)
         mean, log_var = self.encoder(x.permute(0, 1, 3, 4, 2)).chunk(2, -1)
         return mean, log_var.float().clamp(-20, 10)
 
@@ -603,7 +608,7 @@ def tae_loss(tae, video, noise, mse_weight=3., kl_weight=1e-5, outlier_weight=1e
 
 # ---------------------------------------------------------------- App. C: text, as bytes
 
-PAD, EOS, VOCABULARY = 0, 257, 258      # tokens 1..256 are the bytes 0..255 (as in ByT5)
+PAD, EOS, VOCABULARY = 0, 257, 258      # tokens 1..256 are the bytes 0..255
 FOLD = 4                                # so many tokens become one position of the text encoder
 
 @functools.lru_cache(2 ** 13)           # captions repeat, and bytes are slow in Python
@@ -679,13 +684,21 @@ class Preset:
         return self.tae.channels, math.ceil(self.frames / time), side, side
 
 PRESETS = {
-    "toy": Preset(16, 64, 8, TAEConfig(8, 4, (48, 96, 96), ((2, 2), (2, 1)), 1),
-                  DiTConfig(8, 2, 224, 4, 4, 448, 96, 2, 192)),         # 3.3 M: minutes on a CPU
-    "small": Preset(48, 128, 12, TAEConfig(16, 1, (64, 128, 256, 256)),     # 151 M: one GPU
-                    DiTConfig(16, 2, 768, 16, 12, 1536, 768, 2)),
-    # the paper's: 4.2 B and 29 B. Heads, FFN, text encoder and C_TAE are our assumptions
-    "4b": Preset(128, 256, 24, TAEConfig(), DiTConfig()),
-    "30b": Preset(128, 256, 24, TAEConfig(), DiTConfig(16, 2, 6144, 48, 48, 16384, 4096, 6)),
+    "toy": Preset(frames=16, size=64, fps=8,                    # 3.3 M parameters: minutes on a CPU
+                  tae=TAEConfig(channels=8, patch=4, widths=(48, 96, 96), strides=((2, 2), (2, 1)),
+                                blocks=1),
+                  dit=DiTConfig(channels=8, width=224, depth=4, heads=4, ffn=448, text_width=96,
+                                text_depth=2, max_bytes=192)),
+    "small": Preset(frames=48, size=128, fps=12,                # 151 M: one GPU
+                    tae=TAEConfig(widths=(64, 128, 256, 256)),
+                    dit=DiTConfig(width=768, depth=16, heads=12, ffn=1536, text_width=768,
+                                  text_depth=2)),
+    # the paper's widths and depths; heads, FFN, text encoder and C_TAE are our assumptions, which
+    # give 4.2 B and 29 B
+    "4b": Preset(frames=128, size=256, fps=24, tae=TAEConfig(), dit=DiTConfig()),
+    "30b": Preset(frames=128, size=256, fps=24, tae=TAEConfig(),
+                  dit=DiTConfig(width=6144, depth=48, heads=48, ffn=16384, text_width=4096,
+                                text_depth=6)),
 }
 
 # ---------------------------------------------------------------- the model file
@@ -759,5 +772,5 @@ class VideoJAM:
                 motions += [self.tae.decode(z, True, frames) for z in d.split(1)] if motion else []
         video = torch.cat(videos)
         if not video.isfinite().all():
-            raise ValueError("the video is not finite: is one of the weights, or w1 or w2?")
+            raise ValueError("the video is not finite: are all weights, w1 and w2?")
         return video, torch.cat(motions) if motion else None

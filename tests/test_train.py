@@ -452,16 +452,16 @@ def test_the_expected_time_is_that_of_the_steps_that_are_left(finished, tmp_path
 def test_dry_run_knows_the_papers_models(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, printed, _ = run(train.main, "--preset", "4b", "--gpus", "8", "--dry-run")
-    lines = {line[:50].strip(): line[50:].strip() for line in printed.splitlines()}
+    lines = {line[:52].strip(): line[52:].strip() for line in printed.splitlines()}
     assert code == 0 and not list(tmp_path.iterdir())
-    assert lines["parameters of the DiT"] == "4.238 B" and lines["tokens a clip"] == "4,096"
+    assert lines["parameters of the DiT, billions"] == "4.238" and lines["tokens a clip"] == "4,096.000"
     # Muon has one moment a weight, AdamW two: of all but the layers' matrices, 5% of the weights
-    moments = float(lines["memory a GPU: moments of Muon and AdamW, fp32"].split()[0])
+    moments = float(lines["GB a GPU: moments of Muon and AdamW, fp32"])
     assert 4 * 4.238 / 8 < moments < 4 * 4.238 / 8 * 1.05
     # a matrix product is 2 operations a weight and token; attention adds to that
-    flops = float(lines["FLOPs a clip, forward"].split()[0])
+    flops = float(lines["TFLOPs a clip, forwards"])
     assert 2 * 4.238e9 * 4096 / 1e12 * .8 < flops < 2 * 4.238e9 * 4096 / 1e12 * 1.6
-    hours = float(lines["time"].split()[0].replace(",", ""))
+    hours = float(lines["hours"].replace(",", ""))
     assert hours == pytest.approx(50_000 * 32 * 4 * flops / (8 * 400) / 3600, rel=.01)
     assert [name for name, preset in train.PRESETS.items() if train.needs_checkpointing(preset)] \
         == ["4b", "30b"]

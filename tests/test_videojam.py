@@ -182,8 +182,7 @@ def test_widen_input_keeps_x(layer, channel_last, size):
 
 @pytest.mark.parametrize("layer, channel_last, size", [
     (nn.Linear(7, 12), True, ()), (nn.Linear(7, 12, bias=False), False, ()),
-    (nn.Conv2d(7, 12, 1), True, (2, 2)), (nn.Conv2d(7, 12, 1, bias=False), False, (2, 2)),
-    (nn.ConvTranspose2d(7, 3, 2, 2), False, (2, 2))])
+    (nn.Conv2d(7, 12, 1), True, (2, 2)), (nn.Conv2d(7, 12, 1, bias=False), False, (2, 2))])
 def test_widen_output_keeps_x(layer, channel_last, size):
     def channels(y, C):         # (B, patches, ...) -> (B, C, offsets, ...)
         return y.unflatten(1, (-1, C)).transpose(1, 2) if channel_last else y.unflatten(1, (C, -1))
@@ -222,7 +221,7 @@ def test_widen_input_with_other_channels_puts_d_where_it_is_told(channel_last, a
             widen_input(layer, 16, channel_last, 19)
 
 @pytest.mark.parametrize("make", [
-    lambda n: nn.Linear(6, n), lambda n: nn.ConvTranspose3d(4, n, 3, 2, 1, (0, 1, 1)),
+    lambda n: nn.Linear(6, n), lambda n: nn.Conv3d(4, n, 3, 2, (0, 1, 1)),
     lambda n: nn.Conv2d(3, n, 3, 2, (1, 2), 2, padding_mode="circular", bias=False)])
 @pytest.mark.parametrize("device", ("cpu", "meta"))
 def test_widened_layer_is_like_the_old_without_its_hooks(make, device):
