@@ -14,7 +14,6 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(1)            # tiny tensors: more threads only wait for each other
 
 from common import ffmpeg, report_errors                                                    # noqa: E402
 from videojam import TAE, DiT, DiTConfig, Preset, TAEConfig, VideoJAM               # noqa: E402
@@ -23,6 +22,11 @@ def pytest_configure(config):
     """The suite is about the CPU's numbers, to the bit; a GPU's are endurance.py's."""
     if not any("endurance" in argument for argument in config.args):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+@pytest.fixture(scope="module", autouse=True)
+def threads(request):
+    """train.py's tiny tensors gain nothing from two, and its processes share the cores."""
+    torch.set_num_threads(1 if request.module.__name__ == "test_train" else 2)
 
 # 5 frames of 16 px -> latents (4, 3, 4, 4): the last latent frame covers one spurious video frame
 TINY = Preset(5, 16, 8, TAEConfig(4, 2, (8, 8), ((2, 2),), 1),
