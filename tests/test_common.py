@@ -54,6 +54,19 @@ def test_read_tensors_refuses_other_files_and_runs_no_code(tmp_path):
         assert str(path) in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "ran").exists()
 
+def test_torchs_words_for_a_full_disk_are_translated(tmp_path, monkeypatch):
+    def full(*_):
+        raise RuntimeError("[enforce fail at inline_container.cc:668] . unexpected pos 704 vs 598")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(ValueError, match="cannot write .*a.pt: No space left on device"):
+        common.write_tensors(tmp_path / "a.pt", {})
+
+def test_a_video_that_may_not_be_read_is_called_so(tmp_path, monkeypatch):
+    write_clip(path := tmp_path / "a.mp4", ramp(2), 8)
+    monkeypatch.setattr(common.os, "access", lambda path, mode: False)          # root may
+    with pytest.raises(ValueError, match="permission denied"):
+        common.frames_and_rate(path)
+
 @pytest.mark.parametrize("name", ("a.mp4", "a.gif"))
 def test_write_video_round_trip(tmp_path, name):
     video = torch.rand(6, 3, 8, 8)
