@@ -254,8 +254,7 @@ def sdedit(e):
 # ---------------------------------------------------------------- folders of anybody's videos
 
 class VideoFile:
-    """A video file's frames (3, H, W) in [0, 1] on a device: decoded anew each time they are gone
-    through, so it may have any length."""
+    """A video file's frames (3, H, W) in [0, 1], decoded anew each time they are gone through."""
     def __init__(self, path, device):
         self.path, self.device = path, device
 

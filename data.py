@@ -3,8 +3,7 @@
 A dataset, `Sprites` or `Folder`, has clips under keys:
 
     keys(n)             what encode takes: n clips of the sprite world, or of each video
-    read(keys)          video (n, T, 3, H, W) in [0, 1], captions, what `motion` takes, {key: why it
-                        was skipped}
+    read(keys)          video (n, T, 3, H, W) in [0, 1], captions, for `motion`, {key: why not}
     motion(video, ...)  RGB flow (n, T, 3, H, W) in [0, 1], Eq. 5
     training(indices)   clips 0, 1, 2, ... of the TAE's training, as `read`
     held_out(n)         clips for previews, as `read`
@@ -329,13 +328,15 @@ class Folder:
         return torch.stack(videos) / 255 if clips else torch.zeros(0), captions, motions, skipped
 
     def training(self, indices):
-        """As `read`; where a clip cannot be decoded, another of the batch stands in."""
-        *parts, skipped = self.read([self.order[i % len(self.order)] for i in indices])
-        if len(skipped) == len(set(indices)):
-            raise ValueError(f"{self.folder}: {next(iter(skipped.values()))}")
-        there = [k % len(parts[0]) for k in range(len(indices))]
-        return *([part[k] for k in there] if isinstance(part, list) else part[there]
-                 for part in parts), {}
+        """As `read`; where a clip cannot be decoded, the next one that can stands in."""
+        def first(i):
+            for k in range(len(self.order)):
+                with contextlib.suppress(ValueError):
+                    return self.clip(self.order[(i + k) % len(self.order)])
+            raise ValueError(f"{self.folder}: none of its videos can be decoded")
+
+        videos, motions, captions = map(list, zip(*map(first, indices)))
+        return torch.stack(videos) / 255, captions, motions, {}
 
     def held_out(self, n):                      # few videos: previews show clips of the training
         return self.training(range(n))
