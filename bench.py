@@ -383,10 +383,10 @@ def parse():
 
 def main():
     args, command = parse(), "python bench.py " + shlex.join(sys.argv[1:])
-    keep_freed_memory()
     args.out.mkdir(parents=True, exist_ok=True)             # fail before the long work
     if args.experiment == "metrics":
         return report(args.out, {"metrics": {**metrics(args), "command": command}}, 8)
+    keep_freed_memory()
     evaluator, sections = Evaluator(args), {}
     for name in [args.experiment] if args.experiment else EXPERIMENTS:
         sections[name] = {**EXPERIMENTS[name](evaluator), "command": command}

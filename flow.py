@@ -3,8 +3,7 @@
     python flow.py video.mp4        writes the flow of a video, as a video beside it
 
 RAFT's weights are ours; `python train.py --stage raft` trains them. Flow is (..., 2, H, W) in
-pixels per frame, x (right) then y (down). Flow k goes from frame k to frame k + 1; the last one is
-repeated, so that flow and video have the same length.
+pixels per frame, x (right) then y (down). Flow k goes from frame k to k + 1; the last is repeated.
 """
 import itertools
 import math

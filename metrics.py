@@ -228,18 +228,20 @@ def vbench(video, fps, raft):
     def every(n, start=0):
         return itertools.islice(video, start, None, n)
 
-    flicker = [1 - (after - before).abs().mean().item()
-               for before, after in itertools.pairwise(video)]
-    fast, smooth = [], []
-    for frame, _, flow in stream_flow(raft, every(max(1, round(fps / 8)))):
+    def is_fast(frame, flow):
         size = flow.norm(dim=0).flatten()
         top = size.topk(max(1, int(.05 * len(size)))).values.mean()
-        fast.append((top > 6 * min(frame.shape[1:]) / 256).item())
-    # halfway between two even frames, from both sides
-    for (first, second, ahead), odd in zip(stream_flow(raft, every(2)), every(2, 1)):
+        return (top > 6 * min(frame.shape[1:]) / 256).item()
+
+    def smoothness(first, second, ahead, odd):  # halfway between two even frames, from both sides
         back = estimate_flow(raft, torch.stack([second, first])[None])[0, 0]
         middle = (warp(first[None], -ahead[None] / 2) + warp(second[None], -back[None] / 2)) / 2
-        smooth.append(1 - (odd - middle[0]).abs().mean().item())
+        return 1 - (odd - middle[0]).abs().mean().item()
+
+    flicker = [1 - (b - a).abs().mean().item() for a, b in itertools.pairwise(video)]
+    fast = [is_fast(a, flow) for a, _, flow in stream_flow(raft, every(max(1, round(fps / 8))))]
+    smooth = [smoothness(*three, odd) for three, odd in zip(stream_flow(raft, every(2)),
+                                                            every(2, 1))]
     return {"dynamic": sum(fast) >= round(4 * (len(fast) + 1) / 16) if fast else None,
             "flicker": np.mean(flicker) if flicker else None,
             "smooth": np.mean(smooth) if smooth else None}

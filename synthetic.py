@@ -1,7 +1,6 @@
 """Data whose motion is exact: the sprite world (the toy's videos), and the scenes RAFT trains on.
 
-Flow is (..., 2, H, W) in pixels per frame, x (right) then y (down). Flow k goes from frame k to
-frame k + 1; the last one is repeated, so that flow and video have the same length.
+Flow is (..., 2, H, W) in px, x (right) then y (down), from frame k to k + 1; the last is repeated.
 """
 import itertools
 import math
