@@ -33,8 +33,8 @@ from synthetic import HELD_OUT, sprite_clips
 from videojam import tokenize
 
 SUFFIXES = {f".{name}" for name in (
-    "mp4 m4v mov qt mkv webm avi gif webp apng mpg mpeg mpe m1v m2v vob ts mts m2ts m2t wmv asf "
-    "flv f4v ogv 3gp 3g2 mxf dv y4m nut ivf mjpeg mjpg h264 264 hevc 265 rm rmvb divx").split()}
+    "mp4 m4v mov qt mkv webm avi gif webp apng mpg mpeg m1v m2v vob ts mts m2ts wmv asf flv f4v "
+    "ogv 3gp 3g2 mxf dv y4m nut ivf mjpeg h264 hevc rm").split()}
 SYSTEM_FOLDERS = {"__macosx", "@eadir", "#recycle", "#snapshot", "$recycle.bin", "recycler",
                   "system volume information", "lost+found"}      # and what begins with a dot
 CAPTION_COLUMNS = ("text", "caption", "prompt")
@@ -121,9 +121,11 @@ def find_videos(folder):
 
 def video_seconds(path):
     """How long a video file's picture is. ValueError: it cannot be decoded."""
+    def is_shown(at):
+        seek = ["-noaccurate_seek", "-ss", f"{max(0, at):.2f}"]
+        return any(True for _ in open_video(path, "fps=8:start_time=0", seek))
     seconds = video_header(path)["duration"]
-    before = ["-noaccurate_seek", "-ss", f"{max(0, seconds - .5):.2f}"]
-    if not seconds or not any(True for _ in open_video(path, "fps=4:start_time=0", before)):
+    if not seconds or not is_shown(seconds - .5) or is_shown(seconds + .2):
         frames, rate = frames_and_rate(path)    # the header counts longer sound, or is wrong
         seconds = frames / rate
     return seconds
@@ -143,8 +145,6 @@ def examine(path, caption, preset, known):
                                            preset.frames]}
     if entry.items() <= known.items():
         return known
-    if not status.st_size:
-        raise ValueError("an empty file")
     seconds = video_seconds(path)
     frames = int(seconds * preset.fps + .1)
     if frames < preset.frames:

@@ -136,7 +136,7 @@ def test_files_of_other_editors_and_names_of_any_bytes_are_read(folder, tmp_path
 
 def test_every_video_is_used_or_skipped_with_its_reason(folder, tmp_path, capfd):
     good = (folder / "a.mp4").read_bytes()
-    names = {"a.mp4": None, "long.mp4": None, "odd.gif": None, "empty.mp4": "an empty file",
+    names = {"a.mp4": None, "long.mp4": None, "odd.gif": None, "empty.mp4": "cannot be decoded",
              "text.mp4": "cannot be decoded", "cut.mp4": "cannot be decoded",
              "one.mp4": "too short", "silent.mp4": "no caption", "blank.mp4": "no caption",
              "latin.mp4": "its caption is not UTF-8", "link.mp4": "no such file",
@@ -282,6 +282,10 @@ def test_the_pictures_own_length_counts(tmp_path):
                 "-pix_fmt", "yuv420p")
     assert data.video_seconds(path) == pytest.approx(3, abs=.1)
     assert common.frames_and_rate(path) == (90, 30)
+    # a rate that varies: the header has .7 s, the picture 1.2
+    path = make(tmp_path / "b.mp4", "testsrc2=s=64x64:r=30:d=1.2,select='lt(n,12)+not(mod(n,6))'",
+                "-fps_mode", "passthrough", "-enc_time_base", "1/1000", "-pix_fmt", "yuv420p")
+    assert data.video_seconds(path) == pytest.approx(1.2, abs=.1)
 
 def test_linked_folders_are_followed_and_hidden_ones_are_not(captioned, tmp_path):
     elsewhere, names = tmp_path / "elsewhere", ["a.mp4", "inside/b.mp4", "link/c.TS"]
