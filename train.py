@@ -153,6 +153,8 @@ class Run:
         for folder in ("previews", "latents", "checkpoints"):
             (self.out / folder).mkdir(parents=True, exist_ok=True)
         if rank() == 0:
+            for torn in self.out.rglob(".*.part*"):             # what killed processes left
+                torn.unlink()
             write_text(self.out / "settings.json", json.dumps(self.settings, indent=1))
             if self.given and not (self.out / "tae.pt").exists():
                 self.write_tae(self.given_tae, f"--init {self.args.init}")
@@ -799,8 +801,6 @@ def step_flops(preset):
 def print_expected_time(run):
     """Prints a rough estimate for what is left of all stages, at half the measured speed of a large
     matrix product. RAFT and reading videos are not counted."""
-    if run.stages == ["raft"]:
-        return
     side, flops, total, each = 1024, step_flops(run.preset), 0, 0
     square = torch.randn(side, side, device=run.device, dtype=run.args.precision)
     product = Timer("a @ a", globals={"a": square}, num_threads=torch.get_num_threads())
@@ -900,7 +900,8 @@ def main():
     run = Run(args)
     run.check()
     run.create()
-    print_expected_time(run)
+    if args.stage != "raft":
+        print_expected_time(run)
     for stage in run.stages:
         if stage == "tae":
             train_tae(run)
@@ -911,7 +912,6 @@ def main():
         else:
             train_loop(run, DiTStage(run, stage))
             run.export()
-    print0(f"{run.out}: done")
     if dist.is_initialized():
         dist.destroy_process_group()
         # end here: torch 2.13's gloo threads may abort a process that winds down
