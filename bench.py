@@ -52,8 +52,9 @@ class Evaluator:
         for which in {"base", "control"} - there:
             print(f"{path}: no {which} model, its rows are left out")
         self.config, self.tae = self.models["jam"].config, self.models["jam"].tae
+        self.world = {"appearance": self.config.appearance, "target": self.config.target}
         self.video, self.flow, self.captions, self.scenes = held_out_clips(
-            args.n, self.config.frames, self.config.size)
+            args.n, self.config.frames, self.config.size, **self.world)
 
     @functools.lru_cache(4)             # compare's samples, which ablation shows again
     def sample(self, which="jam", **options):
@@ -124,7 +125,7 @@ def motivation(e):
     seeds, rng = [scene["seed"] for scene in e.scenes[:n]], np.random.default_rng(0)
     orders = [rng.permutation(config.frames) for _ in seeds]
     y = tokenize(e.captions[:n], config.dit.max_bytes).to(e.device)
-    clips = [e.latents(*sprite_clips(seeds, config.frames, config.size, 0, order)[:2])
+    clips = [e.latents(*sprite_clips(seeds, config.frames, config.size, 0, order, **e.world)[:2])
              for order in (None, orders)]
     times = linear_quadratic(100).to(e.device)
     steps = range(0, 100, 1 if e.args.steps >= 100 else 5)

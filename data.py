@@ -197,8 +197,9 @@ class Sprites:
         return old
 
     def read(self, keys):
-        video, flow, captions, _ = sprite_clips(keys, self.preset.frames, self.preset.size,
-                                                self.clutter)
+        preset = self.preset
+        video, flow, captions, _ = sprite_clips(keys, preset.frames, preset.size, self.clutter,
+                                                appearance=preset.appearance, target=preset.target)
         return video, captions, flow, {}
 
     training = read

@@ -1,7 +1,8 @@
 """What is measured of a video: tracking and fitting of sprites, VBench's formulas, statistics.
 
-A sprite is tracked by its colour, its shape is the nearest template's, and its path is fitted by
-the motion that the prompt names: least squares over the scene's own physics.
+A sprite is tracked by its chroma, which a grey background does not have; its shape is the nearest
+template's, and its path is fitted by the motion that the prompt names: least squares over the
+scene's own physics.
 """
 import itertools
 import math
@@ -24,19 +25,20 @@ def cover_of(shape, x, y, r):
     return (.5 - signed_distance(shape, x, y, r)).clamp(0, 1)
 
 def track(video, colour, shape):
-    """Follows a sprite by its colour through (T, 3, S, S) on a plain background.
+    """Follows a sprite by its colour through (T, 3, S, S) on a background of one chroma.
     Returns in_frame (T,) bool: something of that colour and of a sprite's size is seen, nothing of
     another colour; the likeliest shape; the path (T, 3): x, y in px, angle of the named shape;
     alpha (T, S, S) in [0, 1]: where that colour is."""
     T, _, S, _ = video.shape
-    background = video.permute(1, 0, 2, 3).flatten(1).median(1).values
-    towards = torch.tensor(COLOURS[colour]) - background
-    offset = video - background[:, None, None]
+    chroma = video - video.mean(1, keepdim=True)
+    background = chroma.transpose(0, 1).flatten(1).median(1).values
+    towards = torch.tensor(COLOURS[colour]) - sum(COLOURS[colour]) / 3 - background
+    offset = chroma - background[:, None, None]
     amount = torch.einsum("tchw,c->thw", offset, towards) / towards.square().sum()
     residual = (offset - amount[:, None] * towards[:, None, None]).norm(dim=1)
-    alpha = amount.clamp(0, 1) * ((amount > .2) & (residual < .25))
+    alpha = amount.clamp(0, 1) * ((amount > .2) & (residual < .15))
     area = alpha.sum((1, 2))
-    other = ((offset.norm(dim=1) > .35) & (residual > .35)).sum((1, 2))
+    other = ((offset.norm(dim=1) > .2) & (residual > .2)).sum((1, 2))
     in_frame = (area > .01 * S * S) & (area < .15 * S * S) & (other < .006 * S * S)
     centres = torch.arange(S) + .5
     total = area.clamp(min=1e-6)
@@ -146,11 +148,12 @@ def fit_motion(kind, phrase, path, size, radius=.145):
 
 # ---------------------------------------------------------------- scores of sprite clips
 
-def held_out_clips(n, frames, size, start=HELD_OUT + 10_000):
-    """The first n held-out clips of one sprite, from a seed on: video, flow, captions, scenes."""
+def held_out_clips(n, frames, size, start=HELD_OUT + 10_000, **options):
+    """The first n held-out clips of one sprite, from a seed on: video, flow, captions, scenes.
+    options: `sprite_clip`'s."""
     alone = (seed for seed in itertools.count(start)
              if len(sprite_scene(seed, frames, 0)["sprites"]) == 1)
-    return sprite_clips(list(itertools.islice(alone, n)), frames, size, clutter=0)
+    return sprite_clips(list(itertools.islice(alone, n)), frames, size, clutter=0, **options)
 
 def score_clips(video, scenes):
     """Scores of clips (N, T, 3, S, S) against the scenes that they should show, a dict each:

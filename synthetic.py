@@ -32,6 +32,8 @@ TRAVEL = {"slowly": (.15, .25), "": (.30, .45), "quickly": (.52, .65)}   # width
 TURNS = {"slowly": (.20, .30), "": (.50, .70), "quickly": (.90, 1.1)}    # turns in the clip
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 BACKGROUNDS = ("stripes", "checks", "clouds")
+MEAN_SPEED = .048                   # of what moves, in widths a frame of a clip of 16
+TARGETS = ("flow", "mask", "shuffled")      # what the motion latent shows: see `sprite_clip`
 
 def is_held_out(shape, colour, motion):
     """Whether a combination is in no training clip: one in ten of shape, colour and motion."""
@@ -157,8 +159,9 @@ def signed_distance(shape, x, y, r):
     normal = edge / edge.norm()
     return (a - 1.15 * r) * normal[1] - b * normal[0]
 
-def render_background(background, size):
-    """(3, size, size) in [0, 1]: a pale colour, with a faint pattern if textured."""
+def render_background(background, size, appearance):
+    """(3, size, size) in [0, 1]: a pale colour, with a faint pattern if textured; appearance, from
+    0 to 1, is how much of a smooth grey field, from black to white, is in it."""
     kind, wave, phase = background["kind"], background["wave"], background["phase"]
     axis = (torch.arange(size) + .5) / size * 2 * math.pi
     y, x = torch.meshgrid(axis, axis, indexing="ij")
@@ -173,7 +176,9 @@ def render_background(background, size):
     else:
         pattern = sum(torch.sin(2 * w[0] * x + 2 * w[1] * y + p) for w, p in zip(wave, phase)) / 2
     colour = torch.tensor(background["colour"], dtype=torch.float32).view(3, 1, 1)
-    return (colour - .07 * (1 + pattern)).clamp(0, 1).expand(3, size, size)
+    pale = (colour - .07 * (1 + pattern)).clamp(0, 1).expand(3, size, size)
+    waves = sum(torch.cos(1.2 * (w[0] * x + w[1] * y) + p) for w, p in zip(wave, phase))
+    return torch.lerp(pale, .5 + .5 * torch.tanh(.87 * waves), appearance)
 
 def render_sprite(sprite, size):
     """A sprite with its path in px -> cover (T, 1, size, size) in [0, 1] with anti-aliased outline,
@@ -191,14 +196,17 @@ def render_sprite(sprite, size):
     flow = torch.stack([cos * dx - sin * dy - dx + step_x, sin * dx + cos * dy - dy + step_y], 1)
     return cover, flow
 
-def sprite_clip(seed, frames=16, size=64, clutter=.5, order=None):
+def sprite_clip(seed, frames=16, size=64, clutter=.5, order=None, appearance=0., target="flow"):
     """The clip of a seed: video (T, 3, H, W) in [0, 1], flow (T, 2, H, W) in px, caption, scene.
     seed: from HELD_OUT on for evaluation. clutter in [0, 1]: the share of textured backgrounds and,
     independently, of scenes with two or three sprites (the first one named is in front).
-    order: a permutation of the frames; the flow is then that of the permuted clip. A scene's
-    sprites have `physics` and a `path` (T, 3): x, y of the centre in px, the angle in radians."""
+    order: a permutation of the frames; the flow is then that of the permuted clip. appearance in
+    [0, 1]: how loud a grey field is that stands still behind the sprites. target: "flow"; or what
+    VideoJAM is trained on in its place, as a control: "mask", where sprites are, as one constant
+    flow; "shuffled", the flow with its frames in a random order. A scene's sprites have `physics`
+    and a `path` (T, 3): x, y of the centre in px, the angle in radians."""
     scene = sprite_scene(int(seed), frames, clutter)
-    video = render_background(scene["background"], size).repeat(frames, 1, 1, 1)
+    video = render_background(scene["background"], size, appearance).repeat(frames, 1, 1, 1)
     flow = torch.zeros(frames, 2, size, size)
     for sprite in reversed(scene["sprites"]):                           # back to front
         sprite["path"][:, :2] *= size
@@ -207,14 +215,18 @@ def sprite_clip(seed, frames=16, size=64, clutter=.5, order=None):
             sprite["path"] = sprite["path"][order]
         cover, motion = render_sprite(sprite, size)
         video = torch.lerp(video, torch.tensor(COLOURS[sprite["colour"]]).view(3, 1, 1), cover)
+        if target == "mask":
+            motion = torch.tensor([MEAN_SPEED * size, 0.]).view(2, 1, 1)
         flow = torch.where(cover >= .5, motion, flow)
     flow[-1] = flow[-2:][0]                                             # the last one is repeated
+    if target == "shuffled":
+        flow = flow[np.random.default_rng([int(seed), 1]).permutation(frames)]
     return video, flow, scene["caption"], scene
 
-def sprite_clips(seeds, frames=16, size=64, clutter=.5, orders=None):
+def sprite_clips(seeds, frames=16, size=64, clutter=.5, orders=None, appearance=0., target="flow"):
     """Many clips: video (N, T, 3, H, W), flow (N, T, 2, H, W), captions, scenes."""
     video, flow, captions, scenes = zip(*(
-        sprite_clip(seed, frames, size, clutter, order)
+        sprite_clip(seed, frames, size, clutter, order, appearance, target)
         for seed, order in zip(seeds, orders or itertools.repeat(None))))
     return torch.stack(video), torch.stack(flow), list(captions), list(scenes)
 

@@ -54,7 +54,7 @@ from common import (Parser, any_rank, autocast, barrier, can_compile, compile_la
                     write_text, write_video)
 from data import Folder, Latents, Prefetcher, Sprites, print_skipped
 from flow import RAFT, estimate_flow, flow_to_rgb, upsample
-from synthetic import HELD_OUT, flow_scenes, sprite_clips, training_pairs
+from synthetic import HELD_OUT, TARGETS, flow_scenes, sprite_clips, training_pairs
 from videojam import (PAD, PRESETS, TAE, DiT, Noise, VideoJAM, flow_matching_loss, initialize,
                       joint_loss, new_entries, read_model_file, sample_noise,
                       set_activation_checkpointing, tae_loss, token_row, tokenize)
@@ -73,7 +73,7 @@ DEFAULTS = {
             "jam": (35_000, 5e-6, 256)},
 }
 RAFT_DEFAULTS = 20_000, 4e-4, 8         # of stage raft, whatever the preset
-VERSION = 11                            # of a run's folder: raised when old runs cannot go on
+VERSION = 12                            # of a run's folder: raised when old runs cannot go on
 SHARD = 256                             # clips in a file of latents
 WHITENING_CLIPS = 256                   # that the TAE's whitening is fitted on
 CHECKPOINT_SECONDS = 60                 # between two; or 20 times what one takes to write
@@ -115,7 +115,8 @@ class Run:
     def __init__(self, args):
         self.args, self.out, self.device = args, Path(args.out), args.device
         self.autocast = functools.partial(autocast, args.device, args.precision)
-        self.preset = dataclasses.replace(PRESETS[args.preset], sigma=args.sigma)
+        self.choices = {name: getattr(args, name) for name in ("sigma", "appearance", "target")}
+        self.preset = dataclasses.replace(PRESETS[args.preset], **self.choices)
         self.stages, self.given = [args.stage] if args.stage else STAGES, {}    # DiTs of --init
         self.settings = {"version": VERSION, "preset": args.preset,
                          "data": "own videos" if args.data else "sprites",
@@ -141,7 +142,7 @@ class Run:
         if not args.init or args.stage == "raft":               # raft's --init is RAFT's weights
             return
         preset, self.given_tae, self.given = read_model_file(args.init)
-        if dataclasses.replace(preset, sigma=args.sigma) != self.preset:
+        if dataclasses.replace(preset, **self.choices) != self.preset:
             raise ValueError(f"--init {args.init}: of another size than the preset {args.preset}")
         # so that latents always are of tae.pt
         if tae.exists() and read_tensors(tae, "tae")["origin"] != f"--init {args.init}":
@@ -857,6 +858,10 @@ def parse():
     flag("--accumulate", type=positive_int, default=1, help="parts in which a batch is computed")
     flag("--clutter", type=fraction, default=0., help="sprite world: share of textured backgrounds "
          "and of scenes with several sprites (default 0; the shipped weights': 0.2)")
+    flag("--appearance", type=fraction, default=0., help="sprite world: how loud a grey field is "
+         "that stands still behind the sprites (default 0)")
+    flag("--target", default="flow", choices=TARGETS, help="sprite world: what d shows (default "
+         "flow; the others are controls)")
     flag("--uniform-t", action=switch, help="t: uniform (the toy's default) or logit-normal")
     flag("--t-shift", type=positive, help="above 1: more t near noise (default: the toy 3, else 1)")
     flag("--motion-dropout", type=fraction, default=.2, help="jam: share of samples without motion")

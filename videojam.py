@@ -676,6 +676,8 @@ class Preset:
     tae: TAEConfig
     dit: DiTConfig
     sigma: float = .15                  # of Eq. 5
+    appearance: float = 0.              # of the sprite world: how loud its background is
+    target: str = "flow"                # what d shows; "mask" and "shuffled" are controls
 
     def latent_shape(self):
         """(C, T', H', W') of one clip."""
