@@ -2,6 +2,8 @@
 
     python bench.py                         all of them (--quick for a look): runs/bench/report.html
     python bench.py compare --n 500         one of motivation, compare, ablation, sdedit
+    python bench.py premise --n 500         21 trainings: what VideoJAM gains, by how much of the
+                                            pixels is appearance; stop it and go on at any time
     python bench.py metrics FOLDER          VBench's motion metrics of anybody's videos
 
 The paper's human evaluation is the page assets/rate.html: open it in a browser.
@@ -15,6 +17,7 @@ import json
 import os
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -25,11 +28,12 @@ from tqdm import tqdm
 
 from common import (ROOT, Parser, autocast, can_compile, compile_layers, device_of,
                     frames_and_rate, grid, keep_freed_memory, open_video, positive_int,
-                    report_errors, write_text, write_video)
+                    read_json, report_errors, write_text, write_video)
 from data import video_files
 from flow import RAFT, estimate_flow, flow_to_rgb
-from metrics import (VBENCH, cell, held_out_clips, interval, mean_row, paired, score_clips, vbench)
-from synthetic import HELD_OUT, sprite_clips
+from metrics import (VBENCH, cell, held_out_clips, interval, mean_row, paired, score_clips,
+                     static_share, vbench)
+from synthetic import HELD_OUT, TARGETS, sprite_clips
 from videojam import (Noise, VideoJAM, euler_sample, flow_matching_loss, interpolate, joint_loss,
                       linear_quadratic, read_model_file, tokenize, weights_path)
 
@@ -87,8 +91,9 @@ class Evaluator:
 SCORES = {"detected": "detected in all frames %", "single": "single sprite %",
           "shape": "named shape %", "motion_ok": "motion as named %",
           "single_motion_ok": "single, motion as named %", "error": "median motion error, px"}
-PAIRED = {"motion_ok": "motion as named, points", "single": "single sprite, points",
-          "single_motion_ok": "single, motion as named, points", "shape": "named shape, points",
+PAIRED = {"detected": "detected, points", "motion_ok": "motion as named, points",
+          "single": "single sprite, points", "shape": "named shape, points",
+          "single_motion_ok": "single, motion as named, points",
           "error": "mean motion error where both are detected, px"}
 
 def score_table(results, titles):
@@ -100,6 +105,12 @@ def score_table(results, titles):
                  for key, title in titles.items())]
         for name, rows in results.items()]
 
+def difference(rows, others, key):
+    """A score's mean of rows - others where both have it, its 95% interval, p and n."""
+    a, b = (np.array([row[key] for row in side], float) for side in (rows, others))
+    both = ~np.isnan(a - b)                             # None, where a score does not apply, is NaN
+    return *(paired(a[both], b[both]) if both.any() else [np.nan] * 4), both.sum()
+
 def paired_table(results, against):
     """Every model minus one, over the same prompts and noise."""
     table = []
@@ -108,12 +119,10 @@ def paired_table(results, against):
             continue
         row = [f"{name} minus {against}"]
         for key in PAIRED:
-            a, b = (np.array([r[key] for r in results[which]], float) for which in (name, against))
-            both = ~np.isnan(a - b)                     # None, where a score does not apply, is NaN
+            *values, p, n = difference(results[name], results[against], key)
             scale, digits = (1, 2) if key == "error" else (100, 1)
-            *values, p = paired(a[both], b[both]) if both.any() else [np.nan] * 4
             row.append("{:+.{k}f} [{:+.{k}f}, {:+.{k}f}], p = {:.4f}, n = {}".format(
-                *(scale * v for v in values), p, both.sum(), k=digits))
+                *(scale * v for v in values), p, n, k=digits))
         table.append(row)
     return ["", *PAIRED.values()], table
 
@@ -252,6 +261,75 @@ def sdedit(e):
             "tables": [(["from", "t", "agreement of motion", "difference of pixels"], table)],
             "shown": shown}
 
+# ---------------------------------------------------------------- the paper's premise, as a dose
+
+DOSES, TRAININGS = (0., .25, .5, .75, 1.), (0, 1, 2)    # train.py's --appearance and --seed
+MODELS = {"base": "base", "control": "control", "jam": "VideoJAM"}
+
+def judge(args, dose, target, seed):
+    """What a default run in a world is like: it is trained and judged, if it is not yet."""
+    run = args.out / f"{dose:g}-{target}-{seed}"
+    path = run / f"n{args.n}-steps{args.steps}-w1-{args.w1:g}-w2-{args.w2:g}.json"
+    if not path.exists():
+        flags = {"--appearance": dose, "--target": target, "--seed": seed, "--out": run}
+        command = [sys.executable, ROOT / "train.py", *itertools.chain(*flags.items())]
+        if subprocess.run([*map(str, command)]).returncode:
+            raise ValueError(f"{run}: not trained to its end; the same command goes on")
+        e = Evaluator(argparse.Namespace(**{**vars(args), "run": run}))
+        scores = {name: score_clips(e.sample(which)[0], e.scenes)
+                  for which, name in MODELS.items()}
+        write_text(path, json.dumps({"share": static_share(e.video), "scores": scores,
+                                     "fig3": motivation(e)["curves"][0]}, default=list))
+    return read_json(path, "share", "scores", "fig3")
+
+def premise(args):
+    """VideoJAM minus its control, against the share of the pixel variance that stands still; at
+    the highest dose also with other motion targets. Yields the section after each training."""
+    runs = {(dose, "flow"): [] for dose in DOSES} | {(DOSES[-1], target): [] for target in TARGETS}
+    for seed, world in itertools.product(TRAININGS, runs):
+        runs[world].append(judge(args, *world, seed))
+        yield premise_section(args, {world: some for world, some in runs.items() if some})
+
+def premise_section(args, runs):
+    """The section of {(dose, target): [what `judge` said of each training]}."""
+    scores, gains, each, shares, jams = {}, [], [], [], {}
+    by_share = {"detected": [], "motion_ok": [], "error": []}
+    for (dose, target), some in runs.items():
+        still, title = 100 * some[0]["share"], f"{dose:g}, {target}"
+        # of a prompt, the mean over trainings
+        means = {name: list(map(mean_row, zip(*(run["scores"][name] for run in some))))
+                 for name in MODELS.values()}
+        scores |= {f"{title}, {still:.0f}% still: {name}": rows for name, rows in means.items()}
+        header, rows = paired_table(means, "control")
+        gains += [[f"{title}: {name}", *cells] for name, *cells in rows]
+        for run in some:
+            gain = [difference(run["scores"]["VideoJAM"], run["scores"]["control"], key)[0]
+                    for key in by_share]
+            each.append([title, *(f"{100 * points:+.1f}" for points in gain[:2]),
+                         f"{gain[2]:+.2f}"])
+        if target == "flow":
+            shares.append(still)
+            for key, ys in by_share.items():
+                ys.append(difference(means["VideoJAM"], means["control"], key)[:3])
+        if dose == DOSES[-1]:
+            jams[target] = means["VideoJAM"]
+    first, last = (runs[dose, "flow"][0]["fig3"] for dose in (min(runs)[0], max(runs)[0]))
+    curves = [("VideoJAM minus control, points, by % of the variance that stands still",
+               {PAIRED[key]: (shares, by_share[key]) for key in ("detected", "motion_ok")}, 100),
+              ("the same of the motion error, px", {PAIRED["error"]: (shares, by_share["error"])},
+               1), [f"{first[0]}, lowest dose", *first[1:]], [f"{last[0]}, highest", *last[1:]]]
+    return {"about": f"{sum(map(len, runs.values()))} of {len(TRAININGS) * (len(DOSES) + 2)} "
+                     "trainings. A row is --appearance, --target, and the share of the variance "
+                     f"of the pixels that stands still. n = {args.n} held-out prompts, {args.steps}"
+                     f" steps, w1 = {args.w1:g}, w2 = {args.w2:g}; of a prompt, the mean over "
+                     "trainings; 95% intervals over prompts, not over trainings: the last table "
+                     "has them one by one. The p values are not corrected for their number.",
+            "tables": [score_table(scores, SCORES), (header, gains),
+                       *([paired_table(jams, "flow")] if len(jams) > 1 else []),
+                       (["VideoJAM minus control, by training", "detected, points",
+                         "motion as named, points", "motion error, px"], each)],
+            "curves": curves, "runs": [[*world, some] for world, some in runs.items()]}
+
 # ---------------------------------------------------------------- folders of anybody's videos
 
 class VideoFile:
@@ -359,8 +437,8 @@ EXPERIMENTS = {"motivation": motivation, "compare": compare, "ablation": ablatio
 def parse():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
-    flag("experiment", nargs="?", choices=[*EXPERIMENTS, "metrics"],
-         help="default: all but metrics")
+    flag("experiment", nargs="?", choices=[*EXPERIMENTS, "premise", "metrics"],
+         help="default: all but premise and metrics")
     flag("folder", nargs="?", type=Path, help="metrics: of videos")
     flag("--run", help="folder of a training run; default: the shipped weights")
     flag("--n", type=positive_int, help="prompts (default: 50, 16 with --quick)")
@@ -388,6 +466,10 @@ def main():
     if args.experiment == "metrics":
         return report(args.out, {"metrics": {**metrics(args), "command": command}}, 8)
     keep_freed_memory()
+    if args.experiment == "premise":
+        for section in premise(args):
+            report(args.out, {"premise": {**section, "command": command}}, 8)
+        return
     evaluator, sections = Evaluator(args), {}
     for name in [args.experiment] if args.experiment else EXPERIMENTS:
         sections[name] = {**EXPERIMENTS[name](evaluator), "command": command}

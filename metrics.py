@@ -176,6 +176,11 @@ def score_clips(video, scenes):
             "single_motion_ok": motion_ok and single, "error": error if detected else None})
     return [mean_row(rows[i::len(scenes)]) for i in range(len(scenes))]
 
+def static_share(video):
+    """The share of the variance of clips' pixels (N, T, 3, H, W) that stands still: the variance of
+    their means over time."""
+    return (video.mean(1).var(correction=0) / video.var(correction=0)).item()
+
 def mean_row(rows):
     """The mean of each score over rows of one prompt, of those that have it."""
     merged = {key: [row[key] for row in rows if row[key] is not None] for key in rows[0]}

@@ -1,8 +1,10 @@
 """pytest tests/test_bench.py: the experiments, folders of videos, votes."""
+import dataclasses
 import functools
 import json
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ import sample
 from common import open_video, write_video
 from conftest import ROOT, make
 from metrics import cell
-from videojam import VideoJAM
+from videojam import VideoJAM, read_model_file
 
 @pytest.fixture(autouse=True)
 def cheap(monkeypatch):
@@ -42,6 +44,41 @@ def test_every_experiment_writes_its_tables_and_a_page_that_holds_all(model_fold
     assert page.count("<svg") == 2 and page.count("data:video/mp4;base64,") > 8
     assert "://" not in page.replace("http://www.w3.org", "")       # nothing is fetched
     assert not list(tmp_path.glob(".*"))
+
+def test_premise_trains_and_judges_each_world_once(model_folder, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "DOSES", (0., 1.))
+    monkeypatch.setattr(bench, "TRAININGS", (7,))
+    preset, tae, dits = read_model_file(model_folder / "model.pt")
+    trained = []
+
+    def train(command):
+        """In place of train.py: the fourth training is stopped."""
+        flags = dict(zip(command[2::2], command[3::2]))
+        trained.append(tuple(flags[name] for name in ("--appearance", "--target", "--seed")))
+        world = dataclasses.replace(preset, appearance=float(trained[-1][0]), target=trained[-1][1])
+        out, (jam, base, control) = Path(flags["--out"]), map(dits.get, ("jam", "base", "control"))
+        out.mkdir()
+        VideoJAM(world, tae, jam).save(out / "model.pt", base=base, control=control)
+        return subprocess.CompletedProcess(command, 2 if len(trained) == 4 else 0)
+
+    monkeypatch.setattr(bench.subprocess, "run", train)
+    flags = "premise", "--n", 3, "--steps", 1, "--out", tmp_path / "out"
+    code, said, err = run(bench.main, *flags)
+    assert code == 2 and "1-shuffled-7: not trained to its end" in err and "3 of 4 trainings" in said
+    shutil.rmtree(tmp_path / "out/1-shuffled-7")
+    code, said, err = run(bench.main, *flags)
+    assert not code and "4 of 4 trainings" in said, err
+    worlds = [("0.0", "flow"), ("1.0", "flow"), ("1.0", "mask"), ("1.0", "shuffled")]
+    assert trained == [(*world, "7") for world in worlds + worlds[3:]]
+    section = json.loads((tmp_path / "out/results.json").read_text())["premise"]
+    assert [row[:2] for row in section["runs"]] == [[float(a), b] for a, b in worlds]
+    scores = section["runs"][1][2][0]["scores"]
+    gain = np.mean([a["detected"] - b["detected"]
+                    for a, b in zip(scores["VideoJAM"], scores["control"])])
+    assert section["tables"][3][1][2][1] == f"{100 * gain:+.1f}"
+    ((low, high), _) = section["curves"][0][1]["detected, points"]
+    assert low < 60 and high > 90                       # % of the variance that stands still
+    assert (tmp_path / "out/premise-3.svg").read_text().count("<polyline") == 4
 
 def test_what_would_fail_at_the_end_is_said_before_anything_is_drawn(model_folder, refuses, tmp_path,
                                                                      monkeypatch):

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from synthetic import (COLOURS, DIRECTIONS, HELD_OUT, MOTIONS, SHAPES, LayerMotion, SceneSampler,
-                       bouncing, flow_scenes, is_held_out, project, sprite_clip,
+from synthetic import (COLOURS, DIRECTIONS, HELD_OUT, MEAN_SPEED, MOTIONS, SHAPES, TARGETS,
+                       LayerMotion, SceneSampler, bouncing, flow_scenes, is_held_out, project, sprite_clip,
                        sprite_clips, sprite_scene, training_pairs)
 
 def warp_error(first, second, flow):
@@ -181,6 +181,34 @@ def test_permuted_clip_has_its_own_flow():
     path = scene["sprites"][0]["path"]
     for k, (x, y) in enumerate(path[:-1, :2].astype(int)):
         np.testing.assert_allclose(flow[0, k, :, y, x], (path[k + 1] - path[k])[:2], atol=1e-4)
+
+@pytest.mark.parametrize("appearance", (0., .25, .8, 1.))
+def test_appearance_is_a_still_grey_field_of_its_amplitude(appearance):
+    for seed in range(6):
+        plain, flow, caption, _ = sprite_clip(seed, 5, 32, 0.)
+        video, same, said, _ = sprite_clip(seed, 5, 32, 0., appearance=appearance)
+        assert torch.equal(flow, same) and caption == said      # it is neither moving nor named
+        # outside of the sprite: (1 - A) of the plain colour, and A of a grey from 0 to 1
+        still = (plain == plain[:, :, :1, :1]).all(1, keepdim=True).expand_as(plain)
+        field = (video - (1 - appearance) * plain).masked_fill(~still, math.nan)
+        assert (field - field.nanmean(1, keepdim=True))[still].abs().max() < 1e-6       # grey
+        assert (field - field.nanmean(0))[still].abs().max() < 1e-6                     # still
+        low, high = field[still].min().item(), field[still].max().item()
+        assert -1e-6 < low < .2 * appearance + 1e-6 and .8 * appearance - 1e-6 < high < appearance + 1e-6
+        assert appearance or torch.equal(video, plain)
+
+def test_targets_show_where_without_direction_or_when_without_order():
+    for seed in seeds_of("move", 2) + seeds_of("swing", 2):
+        video, flow, caption, _ = sprite_clip(seed, 8, 32, 0.)
+        mask, shuffled = (sprite_clip(seed, 8, 32, 0., target=target) for target in TARGETS[1:])
+        for other in (mask, shuffled):
+            assert torch.equal(other[0], video) and other[2] == caption
+        moves = flow[:-1].norm(dim=1) > .01
+        assert (mask[1][:-1, 0][moves] == MEAN_SPEED * 32).all() and not mask[1][:, 1].any()
+        assert (mask[1][:-1, 0] > 0).sum() <= moves.sum() + 200         # hardly anything stands still
+        frames = {part.numpy().tobytes() for part in flow}
+        assert {part.numpy().tobytes() for part in shuffled[1]} == frames
+        assert not torch.equal(shuffled[1], flow)
 
 def test_clip_may_have_one_frame():
     for seed in range(20):                      # all kinds of motion, collisions too
