@@ -292,42 +292,35 @@ def premise(args):
 
 def premise_section(args, runs):
     """The section of {(dose, target): [what `judge` said of each training]}."""
-    scores, gains, each, shares, jams = {}, [], [], [], {}
+    scores, gains, shares, jams = {}, [], [], {}
     by_share = {"detected": [], "motion_ok": [], "error": []}
     for (dose, target), some in runs.items():
-        still, title = 100 * some[0]["share"], f"{dose:g}, {target}"
         # of a prompt, the mean over trainings
         means = {name: list(map(mean_row, zip(*(run["scores"][name] for run in some))))
                  for name in MODELS.values()}
+        title, still = f"{dose:g}, {target}", 100 * some[0]["share"]
         scores |= {f"{title}, {still:.0f}% still: {name}": rows for name, rows in means.items()}
-        header, rows = paired_table(means, "control")
-        gains += [[f"{title}: {name}", *cells] for name, *cells in rows]
-        for run in some:
-            gain = [difference(run["scores"]["VideoJAM"], run["scores"]["control"], key)[0]
-                    for key in by_share]
-            each.append([title, *(f"{100 * points:+.1f}" for points in gain[:2]),
-                         f"{gain[2]:+.2f}"])
+        for which, of in ("mean", means), *((s, run["scores"]) for s, run in enumerate(some)):
+            header, rows = paired_table(of, "control")
+            gains += [[f"{title}, training {which}: {name}", *cells] for name, *cells in rows]
         if target == "flow":
             shares.append(still)
             for key, ys in by_share.items():
                 ys.append(difference(means["VideoJAM"], means["control"], key)[:3])
         if dose == DOSES[-1]:
             jams[target] = means["VideoJAM"]
-    first, last = (runs[dose, "flow"][0]["fig3"] for dose in (min(runs)[0], max(runs)[0]))
     curves = [("VideoJAM minus control, points, by % of the variance that stands still",
                {PAIRED[key]: (shares, by_share[key]) for key in ("detected", "motion_ok")}, 100),
-              ("the same of the motion error, px", {PAIRED["error"]: (shares, by_share["error"])},
-               1), [f"{first[0]}, lowest dose", *first[1:]], [f"{last[0]}, highest", *last[1:]]]
+              ("the same, px", {PAIRED["error"]: (shares, by_share["error"])}, 1),
+              *([f"appearance {dose:g}: {label}", *lines] for dose in (min(runs)[0], max(runs)[0])
+                for label, *lines in [runs[dose, "flow"][0]["fig3"]])]
     return {"about": f"{sum(map(len, runs.values()))} of {len(TRAININGS) * (len(DOSES) + 2)} "
                      "trainings. A row is --appearance, --target, and the share of the variance "
                      f"of the pixels that stands still. n = {args.n} held-out prompts, {args.steps}"
-                     f" steps, w1 = {args.w1:g}, w2 = {args.w2:g}; of a prompt, the mean over "
-                     "trainings; 95% intervals over prompts, not over trainings: the last table "
-                     "has them one by one. The p values are not corrected for their number.",
+                     f" steps, w1 = {args.w1:g}, w2 = {args.w2:g}; 95% intervals over prompts, not "
+                     "over trainings. The p values are not corrected for their number.",
             "tables": [score_table(scores, SCORES), (header, gains),
-                       *([paired_table(jams, "flow")] if len(jams) > 1 else []),
-                       (["VideoJAM minus control, by training", "detected, points",
-                         "motion as named, points", "motion error, px"], each)],
+                       *([paired_table(jams, "flow")] if len(jams) > 1 else [])],
             "curves": curves, "runs": [[*world, some] for world, some in runs.items()]}
 
 # ---------------------------------------------------------------- folders of anybody's videos
