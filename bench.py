@@ -292,35 +292,35 @@ def premise(args):
 
 def premise_section(args, runs):
     """The section of {(dose, target): [what `judge` said of each training]}."""
-    scores, gains, shares, jams = {}, [], [], {}
-    by_share = {"detected": [], "motion_ok": [], "error": []}
-    for (dose, target), some in runs.items():
-        # of a prompt, the mean over trainings
-        means = {name: list(map(mean_row, zip(*(run["scores"][name] for run in some))))
-                 for name in MODELS.values()}
-        title, still = f"{dose:g}, {target}", 100 * some[0]["share"]
-        scores |= {f"{title}, {still:.0f}% still: {name}": rows for name, rows in means.items()}
-        for which, of in ("mean", means), *((s, run["scores"]) for s, run in enumerate(some)):
-            header, rows = paired_table(of, "control")
-            gains += [[f"{title}, training {which}: {name}", *cells] for name, *cells in rows]
-        if target == "flow":
-            shares.append(still)
-            for key, ys in by_share.items():
-                ys.append(difference(means["VideoJAM"], means["control"], key)[:3])
-        if dose == DOSES[-1]:
-            jams[target] = means["VideoJAM"]
-    curves = [("VideoJAM minus control, points, by % of the variance that stands still",
-               {PAIRED[key]: (shares, by_share[key]) for key in ("detected", "motion_ok")}, 100),
-              ("the same, px", {PAIRED["error"]: (shares, by_share["error"])}, 1),
-              *([f"appearance {dose:g}: {label}", *lines] for dose in (min(runs)[0], max(runs)[0])
-                for label, *lines in [runs[dose, "flow"][0]["fig3"]])]
+    # of a prompt, the mean over trainings
+    means = {world: {name: list(map(mean_row, zip(*(run["scores"][name] for run in some))))
+                     for name in MODELS.values()} for world, some in runs.items()}
+    still = {world: 100 * some[0]["share"] for world, some in runs.items() if world[1] == "flow"}
+    targets = {target: of["VideoJAM"] for (dose, target), of in means.items() if dose == DOSES[-1]}
+    scores, gains, curves = {}, [], []
+    for (dose, target), of in means.items():
+        scores |= {f"{dose:g}, {target}: {name}": rows for name, rows in of.items()}
+        each = {f"training {i}": run["scores"] for i, run in enumerate(runs[dose, target])}
+        for which, models in {"mean": of, **each}.items():
+            header, rows = paired_table(models, "control")
+            gains += [[f"{dose:g}, {target}, {which}: {name}", *cells] for name, *cells in rows]
+    for keys, scale in (("detected", "motion_ok"), 100), (("error",), 1):
+        lines = {PAIRED[key]: (list(still.values()), [difference(
+            means[world]["VideoJAM"], means[world]["control"], key)[:3] for world in still])
+            for key in keys}
+        label = "VideoJAM minus control, by % of the variance that stands still"
+        curves.append((label, lines, scale))
+    for dose, _ in min(still), max(still):
+        label, *lines = runs[dose, "flow"][0]["fig3"]
+        curves.append((f"appearance {dose:g}: {label}", *lines))
     return {"about": f"{sum(map(len, runs.values()))} of {len(TRAININGS) * (len(DOSES) + 2)} "
-                     "trainings. A row is --appearance, --target, and the share of the variance "
-                     f"of the pixels that stands still. n = {args.n} held-out prompts, {args.steps}"
-                     f" steps, w1 = {args.w1:g}, w2 = {args.w2:g}; 95% intervals over prompts, not "
-                     "over trainings. The p values are not corrected for their number.",
+                     "trainings. A row is --appearance, --target: the model. Of the variance of the"
+                     f" pixels {', '.join(f'{share:.0f}%' for share in still.values())} stand still"
+                     f" (by --appearance). n = {args.n} held-out prompts, {args.steps} steps, w1 = "
+                     f"{args.w1:g}, w2 = {args.w2:g}; 95% intervals over prompts, not over "
+                     "trainings. The p values are not corrected for their number.",
             "tables": [score_table(scores, SCORES), (header, gains),
-                       *([paired_table(jams, "flow")] if len(jams) > 1 else [])],
+                       *([paired_table(targets, "flow")] if len(targets) > 1 else [])],
             "curves": curves, "runs": [[*world, some] for world, some in runs.items()]}
 
 # ---------------------------------------------------------------- folders of anybody's videos
