@@ -232,7 +232,9 @@ def sdedit(e):
     y = tokenize(e.captions[:n], e.config.dit.max_bytes).to(e.device)
     times = linear_quadratic(100).to(e.device)
     x1, d1, x0, d0 = e.latents(video, flow)
-    truth, shown = F.avg_pool2d(flow.flatten(0, 1), 8), [("the clip", video[:8].cpu())]
+    shown = [("the clip", video[:8].cpu())]
+    exact = held_out_clips(n, e.config.frames, e.config.size)[1].to(e.device)   # whatever d shows
+    truth = F.avg_pool2d(exact.flatten(0, 1), 8)
 
     def row(name, t, edited):
         seen = in_parts(lambda v: estimate_flow(e.raft, v), edited)

@@ -883,6 +883,8 @@ def parse():
     raft, toy = args.stage == "raft", args.preset == "toy"
     if raft and not 3 <= (args.batch or 8) <= 256:              # beyond are the held-out clips
         raise ValueError("raft takes --batch from 3 to 256")
+    if args.data and (args.appearance or args.target != "flow"):
+        raise ValueError("--appearance and --target are of the sprite world: not with --data")
     args.device = device_of(args.device)
     args.precision = {"bf16": torch.bfloat16, "fp32": torch.float32,
                       None: fast_dtype(args.device)}[args.precision]

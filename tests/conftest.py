@@ -26,7 +26,7 @@ def pytest_configure(config):
 @pytest.fixture(scope="module", autouse=True)
 def threads(request):
     """train.py's tiny tensors gain nothing from two, and its processes share the cores."""
-    torch.set_num_threads(1 if request.module.__name__ == "test_train" else 2)
+    torch.set_num_threads(1 if request.module.__name__ in ("test_train", "test_bench") else 2)
 
 # 5 frames of 16 px -> latents (4, 3, 4, 4): the last latent frame covers one spurious video frame
 TINY = Preset(5, 16, 8, TAEConfig(4, 2, (8, 8), ((2, 2),), 1),
