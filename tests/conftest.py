@@ -15,7 +15,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from common import ffmpeg, report_errors                                                    # noqa: E402
+import train                                                                        # noqa: E402
+from common import ffmpeg, report_errors                                            # noqa: E402
 from videojam import TAE, DiT, DiTConfig, Preset, TAEConfig, VideoJAM               # noqa: E402
 
 def pytest_configure(config):
@@ -68,10 +69,10 @@ def run(monkeypatch, capfd):
 
 @pytest.fixture
 def refuses(run):
-    """refuses(main, "--flag", value): exit code 2, one line on stderr, which is returned."""
+    """refuses(main, "--flag", value): exit code 2, one line on stderr but for progress bars: it."""
     def call(main, *argv):
         code, _, err = run(main, *argv)
-        lines = [line for line in err.splitlines() if line and "%|" not in line]    # no progress
+        lines = [line for line in err.splitlines() if line.strip() and "%|" not in line]
         assert code == 2 and len(lines) == 1 and lines[0].startswith(main.__module__), err
         return lines[0]
     return call
@@ -105,10 +106,21 @@ def write_clip(path, frames, fps):
 
 def make(path, *options):
     """A video by ffmpeg, from a source that it draws."""
-    subprocess.run([ffmpeg(), "-loglevel", "error", "-f", "lavfi", "-i", *options, path], check=True)
+    subprocess.run([ffmpeg(), "-loglevel", "error", "-f", "lavfi", "-i", *options, path],
+                   check=True)
     return path
 
 # ---------------------------------------------------------------- runs of train.py
+
+def use_tiny_preset(patch, steps=3, clips=32):
+    """Gives train.py the preset "tiny", which passes through a stage in a second."""
+    stage = steps, 1e-3, 4
+    patch.setitem(train.PRESETS, "tiny", TINY)
+    patch.setitem(train.DEFAULTS, "tiny", {"tae": stage, "encode": (clips, 0, 8), "base": stage,
+                                           "jam": stage})
+    patch.setattr(train, "SHARD", 16)
+    patch.setattr(train, "WHITENING_CLIPS", 32)
+    patch.setattr(train, "print_expected_time", lambda run: None)           # it measures
 
 def train_flags(out, *more):
     """Flags of a run with the preset "tiny"."""
