@@ -85,15 +85,20 @@ class RunsCode:
     def __reduce__(self):
         return os.mkdir, (self.folder,)
 
-def bad_weights(folder, good):
-    """Paths of files that are not weights like those in `good`. If code ran, "ran" is there too."""
+def takes_no_bad_weights(load, folder, good, **changed):
+    """ValueError, in a line that names the file, for all that is not weights like those in `good`;
+    no code in a file runs. changed: {name: content} of more such files."""
     data, evil = Path(good).read_bytes(), {"kind": "videojam", "config": RunsCode(folder / "ran")}
-    for name, content in (("truncated", data[:len(data) // 2]), ("empty", b""), ("text", b"hello")):
+    for name, content in {"truncated": data[:len(data) // 2], "empty": b"", "text": b"hi"}.items():
         (folder / name).write_bytes(content)
-    for name, content in (("foreign", {"kind": "x"}), ("list", [1, 2]), ("malicious", evil)):
+    changed = {"foreign": {"kind": "x"}, "list": [1, 2], "malicious": evil, **changed}
+    for name, content in changed.items():
         torch.save(content, folder / name)
-    return [folder / name for name in ("missing", "truncated", "empty", "text", "foreign", "list",
-                                       "malicious")]
+    for name in ("missing", "truncated", "empty", "text", *changed, "."):
+        with pytest.raises(ValueError) as error:
+            load(folder / name)
+        assert str(folder / name) in str(error.value) and "\n" not in str(error.value)
+    assert not (folder / "ran").exists()
 
 def ramp(frames, height=32, width=32):
     """A video that gets brighter by 8 a frame, so that a frame's number can be read off it."""
