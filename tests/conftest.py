@@ -15,8 +15,11 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import data                                                                         # noqa: E402
+import flow                                                                         # noqa: E402
 import train                                                                        # noqa: E402
 from common import ffmpeg, report_errors                                            # noqa: E402
+from flow import RAFT                                                               # noqa: E402
 from videojam import TAE, DiT, DiTConfig, Preset, TAEConfig, VideoJAM               # noqa: E402
 
 def pytest_configure(config):
@@ -100,6 +103,13 @@ def takes_no_bad_weights(load, folder, good, **changed):
         assert str(folder / name) in str(error.value) and "\n" not in str(error.value)
     assert not (folder / "ran").exists()
 
+@pytest.fixture
+def brightness_as_motion(monkeypatch):
+    """Motion without RAFT: fast, and another one for every clip."""
+    monkeypatch.setattr(RAFT, "load", classmethod(lambda cls: torch.nn.Identity()))
+    for module in (data, flow):
+        monkeypatch.setattr(module, "estimate_flow", lambda raft, video: video[:, :, :2] - .5)
+
 def ramp(frames, height=32, width=32):
     """A video that gets brighter by 8 a frame, so that a frame's number can be read off it."""
     return (np.arange(frames, dtype=np.uint8) * 8).repeat(height * width * 3).reshape(
@@ -161,13 +171,16 @@ def checkpoint(out, stage):
     whole.unlink()
     return {**state, **json.loads((last / "status.json").read_text())}
 
-def rows(out, stage):
-    """A stage's rows of metrics.jsonl; what a killed process tore is passed over."""
-    found = []
+def logged(out, stage):
+    """A stage's losses in metrics.jsonl, the last row of each step: a killed run repeats some.
+    What it tore is passed over."""
+    found = {}
     for line in (out / "metrics.jsonl").read_text().splitlines():
         with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return [row for row in found if row["stage"] == stage]
+            row = json.loads(line)
+            if row["stage"] == stage and "lr" in row:
+                found[row["step"]] = row
+    return list(found.values())
 
 def content(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -14,21 +14,15 @@ from conftest import ROOT, TINY, make, ramp, use_tiny_preset, write_clip
 
 import common
 import data
-import flow
 import train
 from common import ffmpeg, open_video
 from data import Folder, Latents, Prefetcher, Sprites, read_clip
-from flow import RAFT, rgb_to_flow
+from flow import rgb_to_flow
 from synthetic import HELD_OUT, sprite_clips
 
 CLIPS = ROOT.parent / "shared/clips"
 
-@pytest.fixture(autouse=True)
-def brightness_as_motion(monkeypatch):
-    """Motion without RAFT: fast, and another one for every clip."""
-    monkeypatch.setattr(RAFT, "load", classmethod(lambda cls: torch.nn.Identity()))
-    for module in (data, flow):
-        monkeypatch.setattr(module, "estimate_flow", lambda raft, video: video[:, :, :2] - .5)
+pytestmark = pytest.mark.usefixtures("brightness_as_motion")
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):

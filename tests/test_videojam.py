@@ -8,7 +8,7 @@ from conftest import ROOT, TINY, randomised, takes_no_bad_weights, tiny_dit
 from torch import nn
 from torch.testing import assert_close
 
-from common import Muon
+from common import make_optimizers
 from videojam import (EOS, GUIDANCE, PAD, PRESETS, TAE, DiT, SpaceTimeConv, VideoJAM, attend,
                       check_velocity, euler_sample, flow_matching_loss, guided_velocity,
                       interpolate, joint_loss, linear_quadratic, new_entries, null_text, patchify,
@@ -225,13 +225,13 @@ def test_widened_layer_is_like_the_old_without_its_hooks(make, device):
         assert (p.dtype, p.device.type, p.requires_grad) == (torch.bfloat16, device, False)
 
 def test_muon_takes_new_entries_of_a_convolution_faster():
-    weight = widen_input(nn.Conv3d(4, 6, (1, 2, 2)), 4, False).weight
-    before, scale = weight.detach().clone(), torch.where(new_entries(weight, 1, 4, False), 5., 1.)
-    weight.grad, steps = torch.randn(weight.shape, generator=rng()), []
-    for lr_scale in ({}, {weight: scale}):
-        Muon([weight], .1, lr_scale=lr_scale).step()
-        steps.append(weight.detach() - before)
-        weight.data.copy_(before)
+    layer, steps = widen_input(nn.Conv3d(4, 6, (1, 2, 2)), 4, False), []
+    before, scale = layer.weight.detach().clone(), 1 + 4. * new_entries(layer.weight, 1, 4, False)
+    layer.weight.grad = torch.randn(before.shape, generator=rng())
+    for lr_scale in (None, {layer.weight: scale}):
+        make_optimizers(layer, .1, lr_scale)[1].step()
+        steps.append(layer.weight.detach() - before)
+        layer.weight.data.copy_(before)
     assert_close(steps[1], steps[0] * scale)
 
 def test_check_velocity_finds_what_widening_alone_does_not():
