@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import time
+from unittest.mock import Mock
 
 import imageio.v3 as iio
 import numpy as np
@@ -140,31 +141,30 @@ def test_files_of_other_editors_and_names_of_any_bytes_are_read(folder, tmp_path
         assert f"skipped 1: {reason}" in printed
 
 def test_every_video_is_used_or_skipped_with_its_reason(folder, tmp_path, capfd):
-    good = (folder / "a.mp4").read_bytes()
-    names = {"a.mp4": None, "long.mp4": None, "odd.gif": None, "empty.mp4": "cannot be decoded",
-             "text.mp4": "cannot be decoded", "cut.mp4": "cannot be decoded",
-             "one.mp4": "too short", "silent.mp4": "no caption", "blank.mp4": "no caption",
-             "latin.mp4": "its caption is not UTF-8", "link.mp4": "no such file",
-             "inside/b.mp4": "no caption"}
     iio.imwrite(folder / "odd.gif", ramp(12, 33, 21), duration=125)
-    for name in ("long", "silent", "blank", "latin"):
-        (folder / f"{name}.mp4").write_bytes(good)
-    (folder / "empty.mp4").write_bytes(b"")
-    (folder / "text.mp4").write_text("hello world")
-    (folder / "cut.mp4").write_bytes(good[:500])
     write_clip(folder / "one.mp4", ramp(1), 8)
+    good, odd, one = ((folder / name).read_bytes() for name in ("a.mp4", "odd.gif", "one.mp4"))
+    (folder / "inside/b.mp4").unlink()
     (folder / "link.mp4").symlink_to(folder / "nowhere.mp4")
-    for name in names.keys() - {"silent.mp4", "inside/b.mp4"}:
-        (folder / name).with_suffix(".txt").write_text("a caption")
-    (folder / "long.txt").write_text("word " * 2000)
-    (folder / "blank.txt").write_text(" \n")
-    (folder / "latin.txt").write_bytes("é".encode("latin-1"))
+    files = {       # name: content, caption, why it is skipped
+        "a.mp4": (good, b"a", None), "long.mp4": (good, b"word " * 2000, None),
+        "odd.gif": (odd, b"a", None), "one.mp4": (one, b"a", "too short"),
+        "empty.mp4": (b"", b"a", "cannot be decoded"), "link.mp4": (None, b"a", "no such file"),
+        "text.mp4": (b"hello world", b"a", "cannot be decoded"),
+        "cut.mp4": (good[:500], b"a", "cannot be decoded"),
+        "silent.mp4": (good, None, "no caption"), "blank.mp4": (good, b" \n", "no caption"),
+        "latin.mp4": (good, "é".encode("latin-1"), "its caption is not UTF-8")}
+    for name, (file, caption, _) in files.items():
+        if file is not None:
+            (folder / name).write_bytes(file)
+        if caption is not None:
+            (folder / name).with_suffix(".txt").write_bytes(caption)
     dataset = opened(folder, tmp_path / "run")
     printed = "".join(capfd.readouterr())
-    assert "12 videos (a .txt beside each video), 3 used, 4 s, 9 skipped" in printed
+    assert "11 videos (a .txt beside each video), 3 used, 4 s, 8 skipped" in printed
     listing = json.loads((tmp_path / "run/videos.json").read_text())
-    assert listing.keys() == names.keys()
-    for name, reason in names.items():
+    assert listing.keys() == files.keys()
+    for name, (_, _, reason) in files.items():
         assert ("frames" in listing[name]) == (reason is None)
         assert reason is None or listing[name]["reason"].startswith(reason) and reason in printed
     assert not dataset.read(dataset.keys(2))[3]
@@ -309,10 +309,9 @@ def test_what_ffmpeg_reads_is_taken(tmp_path):
         (tmp_path / f"{suffix}.txt").write_text("a")
     assert opened(tmp_path, tmp_path / "run").prepared.keys() == {f"{s}.{s}" for s in codecs}
 
-@pytest.mark.parametrize("program", ("", "/nowhere/ffmpeg", "/bin/false"))
+@pytest.mark.parametrize("program", (RuntimeError("no exe"), "/nowhere/ffmpeg", "/bin/false"))
 def test_a_missing_ffmpeg_is_named(captioned, tmp_path, monkeypatch, program):
-    monkeypatch.setattr(common.imageio_ffmpeg, "get_ffmpeg_exe",
-                        lambda: program or (_ for _ in ()).throw(RuntimeError("no exe")))
+    monkeypatch.setattr(common.imageio_ffmpeg, "get_ffmpeg_exe", Mock(side_effect=[program] * 3))
     common.ffmpeg.cache_clear()
     for act in (lambda: opened(captioned, tmp_path / "run"),
                 lambda: read_clip("a.mp4", 0, 5, 8, 16),
