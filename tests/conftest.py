@@ -91,12 +91,13 @@ class RunsCode:
 def takes_no_bad_weights(load, folder, good, **changed):
     """ValueError, in a line that names the file, for all that is not weights like those in `good`;
     no code in a file runs. changed: {name: content} of more such files."""
-    data, evil = Path(good).read_bytes(), {"kind": "videojam", "config": RunsCode(folder / "ran")}
-    for name, content in {"truncated": data[:len(data) // 2], "empty": b"", "text": b"hi"}.items():
-        (folder / name).write_bytes(content)
-    changed = {"foreign": {"kind": "x"}, "list": [1, 2], "malicious": evil, **changed}
-    for name, content in changed.items():
-        torch.save(content, folder / name)
+    half, evil = good.read_bytes()[:good.stat().st_size // 2], RunsCode(folder / "ran")
+    for name, data_of in {"truncated": half, "empty": b"", "text": b"hi"}.items():
+        (folder / name).write_bytes(data_of)
+    changed = {"foreign": {"kind": "x"}, "list": [1, 2],
+               "malicious": {"kind": "videojam", "config": evil}, **changed}
+    for name, content_of in changed.items():
+        torch.save(content_of, folder / name)
     for name in ("missing", "truncated", "empty", "text", *changed, "."):
         with pytest.raises(ValueError) as error:
             load(folder / name)
