@@ -72,7 +72,7 @@ def run(monkeypatch, capfd):
 
 @pytest.fixture
 def refuses(run):
-    """refuses(main, "--flag", value): exit code 2, one line on stderr but for progress bars: it."""
+    """refuses(main, "--flag", value) -> its one line on stderr but for progress; exit code 2."""
     def call(main, *argv):
         code, _, err = run(main, *argv)
         lines = [line for line in err.splitlines() if line.strip() and "%|" not in line]
@@ -80,22 +80,18 @@ def refuses(run):
         return lines[0]
     return call
 
-class RunsCode:
-    """Unpickling this makes a folder: the sign that a weights file could run code."""
-    def __init__(self, folder):
-        self.folder = str(folder)
-
-    def __reduce__(self):
-        return os.mkdir, (self.folder,)
-
 def takes_no_bad_weights(load, folder, good, **changed):
     """ValueError, in a line that names the file, for all that is not weights like those in `good`;
     no code in a file runs. changed: {name: content} of more such files."""
-    half, evil = good.read_bytes()[:good.stat().st_size // 2], RunsCode(folder / "ran")
+    class RunsCode:
+        def __reduce__(self):
+            return os.mkdir, (str(folder / "ran"),)
+
+    half = good.read_bytes()[:good.stat().st_size // 2]
     for name, data_of in {"truncated": half, "empty": b"", "text": b"hi"}.items():
         (folder / name).write_bytes(data_of)
     changed = {"foreign": {"kind": "x"}, "list": [1, 2],
-               "malicious": {"kind": "videojam", "config": evil}, **changed}
+               "malicious": {"kind": "videojam", "config": RunsCode()}, **changed}
     for name, content_of in changed.items():
         torch.save(content_of, folder / name)
     for name in ("missing", "truncated", "empty", "text", *changed, "."):

@@ -184,8 +184,9 @@ def test_bad_input_is_one_line(tmp_path, refuses, monkeypatch):
     assert "-h shows all flags" in refuses(script.main, path, "--nonsense")
     assert "no video: no such file" in refuses(script.main)
     assert "cannot be written, --out names" in refuses(script.main, path, "--out", "nowhere/a.mp4")
-    with monkeypatch.context() as patch:
-        patch.setattr(script.os, "access", lambda path, mode: mode != os.W_OK)      # root may
-        patch.setattr(RAFT, "load", None)                   # refused before any work
-        assert "a-flow.mp4: cannot be written, --out" in refuses(script.main, path)
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.R_OK)           # root may
+    assert "permission denied" in refuses(script.main, path)
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    monkeypatch.setattr(RAFT, "load", None)                 # refused before any work
+    assert "a-flow.mp4: cannot be written, --out" in refuses(script.main, path)
     assert list(tmp_path.iterdir()) == [path]
