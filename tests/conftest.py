@@ -15,7 +15,11 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from common import ffmpeg, report_errors                                                    # noqa: E402
+import data                                                                         # noqa: E402
+import flow                                                                         # noqa: E402
+import train                                                                        # noqa: E402
+from common import ffmpeg, report_errors                                            # noqa: E402
+from flow import RAFT                                                               # noqa: E402
 from videojam import TAE, DiT, DiTConfig, Preset, TAEConfig, VideoJAM               # noqa: E402
 
 def pytest_configure(config):
@@ -68,31 +72,40 @@ def run(monkeypatch, capfd):
 
 @pytest.fixture
 def refuses(run):
-    """refuses(main, "--flag", value): exit code 2, one line on stderr, which is returned."""
+    """refuses(main, "--flag", value) -> its one line on stderr but for progress; exit code 2."""
     def call(main, *argv):
         code, _, err = run(main, *argv)
-        lines = [line for line in err.splitlines() if line and "%|" not in line]    # no progress
+        lines = [line for line in err.splitlines() if line.strip() and "%|" not in line]
         assert code == 2 and len(lines) == 1 and lines[0].startswith(main.__module__), err
         return lines[0]
     return call
 
-class RunsCode:
-    """Unpickling this makes a folder: the sign that a weights file could run code."""
-    def __init__(self, folder):
-        self.folder = str(folder)
+def takes_no_bad_weights(load, folder, good, **changed):
+    """ValueError, in a line that names the file, for all that is not weights like those in `good`;
+    no code in a file runs. changed: {name: content} of more such files."""
+    class RunsCode:
+        def __reduce__(self):
+            return os.mkdir, (str(folder / "ran"),)
 
-    def __reduce__(self):
-        return os.mkdir, (self.folder,)
+    half = good.read_bytes()[:good.stat().st_size // 2]
+    for name, data_of in {"truncated": half, "empty": b"", "text": b"hi"}.items():
+        (folder / name).write_bytes(data_of)
+    changed = {"foreign": {"kind": "x"}, "list": [1, 2],
+               "malicious": {"kind": "videojam", "config": RunsCode()}, **changed}
+    for name, content_of in changed.items():
+        torch.save(content_of, folder / name)
+    for name in ("missing", "truncated", "empty", "text", *changed, "."):
+        with pytest.raises(ValueError) as error:
+            load(folder / name)
+        assert str(folder / name) in str(error.value) and "\n" not in str(error.value)
+    assert not (folder / "ran").exists()
 
-def bad_weights(folder, good):
-    """Paths of files that are not weights like those in `good`. If code ran, "ran" is there too."""
-    data, evil = Path(good).read_bytes(), {"kind": "videojam", "config": RunsCode(folder / "ran")}
-    for name, content in (("truncated", data[:len(data) // 2]), ("empty", b""), ("text", b"hello")):
-        (folder / name).write_bytes(content)
-    for name, content in (("foreign", {"kind": "x"}), ("list", [1, 2]), ("malicious", evil)):
-        torch.save(content, folder / name)
-    return [folder / name for name in ("missing", "truncated", "empty", "text", "foreign", "list",
-                                       "malicious")]
+@pytest.fixture
+def brightness_as_motion(monkeypatch):
+    """Motion without RAFT: fast, and another one for every clip."""
+    monkeypatch.setattr(RAFT, "load", classmethod(lambda cls: torch.nn.Identity()))
+    for module in (data, flow):
+        monkeypatch.setattr(module, "estimate_flow", lambda raft, video: video[:, :, :2] - .5)
 
 def ramp(frames, height=32, width=32):
     """A video that gets brighter by 8 a frame, so that a frame's number can be read off it."""
@@ -105,10 +118,21 @@ def write_clip(path, frames, fps):
 
 def make(path, *options):
     """A video by ffmpeg, from a source that it draws."""
-    subprocess.run([ffmpeg(), "-loglevel", "error", "-f", "lavfi", "-i", *options, path], check=True)
+    subprocess.run([ffmpeg(), "-loglevel", "error", "-f", "lavfi", "-i", *options, path],
+                   check=True)
     return path
 
 # ---------------------------------------------------------------- runs of train.py
+
+def use_tiny_preset(patch, steps=3, clips=32):
+    """Gives train.py the preset "tiny", which passes through a stage in a second."""
+    stage = steps, 1e-3, 4
+    patch.setitem(train.PRESETS, "tiny", TINY)
+    patch.setitem(train.DEFAULTS, "tiny", {"tae": stage, "encode": (clips, 0, 8), "base": stage,
+                                           "jam": stage})
+    patch.setattr(train, "SHARD", 16)
+    patch.setattr(train, "WHITENING_CLIPS", 32)
+    patch.setattr(train, "print_expected_time", lambda run: None)           # it measures
 
 def train_flags(out, *more):
     """Flags of a run with the preset "tiny"."""
@@ -144,13 +168,16 @@ def checkpoint(out, stage):
     whole.unlink()
     return {**state, **json.loads((last / "status.json").read_text())}
 
-def rows(out, stage):
-    """A stage's rows of metrics.jsonl; what a killed process tore is passed over."""
-    found = []
+def logged(out, stage):
+    """A stage's losses in metrics.jsonl, the last row of each step: a killed run repeats some.
+    What it tore is passed over."""
+    found = {}
     for line in (out / "metrics.jsonl").read_text().splitlines():
         with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return [row for row in found if row["stage"] == stage]
+            row = json.loads(line)
+            if row["stage"] == stage and "lr" in row:
+                found[row["step"]] = row
+    return list(found.values())
 
 def content(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -16,12 +16,11 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
-from conftest import (ROOT, TINY, at_once, checkpoint, checkpoints, content, equal, randomised,
-                      rows, train_command, train_flags)
+from conftest import (ROOT, at_once, checkpoint, checkpoints, content, equal, logged, ramp,
+                      randomised, train_command, train_flags, use_tiny_preset, write_clip)
 
 import common
 import data
-import flow
 import train
 from common import autocast
 from flow import RAFT, estimate_flow, flow_to_rgb
@@ -33,19 +32,13 @@ STAGES = [stage for stage in train.STAGES if stage != "encode"]      # those tha
 
 # ---------------------------------------------------------------- killed and come back
 
-def logged(out, stage):
-    """The last row of each step: a killed run repeats some."""
-    return list({row["step"]: row for row in rows(out, stage) if "lr" in row}.values())
-
 def assert_same(a, b):
     """Two runs ended alike to the bit: weights, averages, moments, latents and metrics."""
     assert content(a / "latents") == {
         a / path.relative_to(b): data for path, data in content(b / "latents").items()}
     for stage in STAGES:
         assert logged(a, stage) == logged(b, stage)
-        first, second = checkpoint(a, stage), checkpoint(b, stage)
-        assert equal(first["model"], second["model"]) and equal(first["ema"], second["ema"])
-        assert equal(first["optimizer"], second["optimizer"])
+        assert equal(checkpoint(a, stage), checkpoint(b, stage))
 
 @contextlib.contextmanager
 def begin(out, processes=0, **options):
@@ -134,17 +127,14 @@ def resident():
     pages = int(open("/proc/self/statm").read().split()[1])
     return pages * os.sysconf("SC_PAGESIZE") / 1e6
 
-def write_videos(folder, count, seconds, height, width):
-    """Videos of a bright bar that moves, each with a caption."""
-    for i in range(count):
-        frames = np.zeros((seconds * 24, height, width, 3), np.uint8)
-        for k, frame in enumerate(frames):
-            frame[:, (3 * k + 7 * i) % width:][:, :9] = 200
-        iio.imwrite(folder / f"{i}.mp4", frames, fps=24)
-        (folder / f"{i}.txt").write_text(f"a bar, {i}")
-
 def test_memory_is_flat_over_1000_clips(tmp_path):
-    write_videos(tmp_path, 20, 9, 480, 640)
+    """Of 20 videos of a bright bar that moves."""
+    for i in range(20):
+        frames = np.zeros((9 * 24, 480, 640, 3), np.uint8)
+        for k, frame in enumerate(frames):
+            frame[:, (3 * k + 7 * i) % 640:][:, :9] = 200
+        iio.imwrite(tmp_path / f"{i}.mp4", frames, fps=24)
+        (tmp_path / f"{i}.txt").write_text(f"a bar, {i}")
     common.keep_freed_memory()
     preset = train.PRESETS["toy"]
     dataset = data.Folder(tmp_path, preset, RAFT.load(), tmp_path, 4, 16, takes_all=True)
@@ -157,32 +147,17 @@ def test_memory_is_flat_over_1000_clips(tmp_path):
           f"1,000: {seen[9]:.0f}, {seen[49]:.0f}, {seen[99]:.0f} MB")
     assert np.median(seen[-20:]) < np.median(seen[10:30]) + 50        # all clips kept: 150 MB more
 
+@pytest.mark.usefixtures("brightness_as_motion")
 def test_2000_files_of_which_one_in_ten_is_broken(tmp_path, monkeypatch, run):
     """Every file is used or skipped with its reason, in the listing and in encode."""
-    folder, good = tmp_path / "data", tmp_path / "good"
-    folder.mkdir(), good.mkdir()
-    write_videos(good, 1, 1, 64, 64)
-    video = (good / "0.mp4").read_bytes()
-    iio.imwrite(good / "short.mp4", np.zeros((2, 64, 64, 3), np.uint8), fps=24)
-    broken = [b"", b"hello", video[:200], video[:len(video) // 2], video[300:],
-              (good / "short.mp4").read_bytes(), os.urandom(5000), None, video, video]
+    write_clip(tmp_path / "good.mp4", ramp(12), 8)
+    (folder := tmp_path / "data").mkdir()
+    good = (tmp_path / "good.mp4").read_bytes()
+    broken = b"", b"hi", good[:200], good[:len(good) // 2], good[300:], os.urandom(5000)
     for i in range(2000):
-        path = folder / f"{i:04d}.mp4"
-        kind, is_bad = broken[i // 10 % 10], i % 10 == 0
-        caption = b"a bar"
-        if is_bad and i // 10 % 10 >= 8:
-            caption = [b"\xff\xfe", b" "][i // 10 % 2]
-        if is_bad and kind is None:
-            path.symlink_to(tmp_path / "nowhere.mp4")
-        else:
-            path.write_bytes(kind if is_bad else video)
-        path.with_suffix(".txt").write_bytes(caption)
-    still = torch.zeros(1)
-    monkeypatch.setattr(RAFT, "load", classmethod(lambda cls: torch.nn.Identity()))
-    monkeypatch.setattr(flow, "estimate_flow", lambda raft, video: still.expand(
-        *video.shape[:2], 2, *video.shape[3:]))
-    monkeypatch.setitem(train.PRESETS, "tiny", TINY)
-    monkeypatch.setitem(train.DEFAULTS, "tiny", {"tae": (1, 1e-3, 4), "encode": (1, 0, 8)})
+        (folder / f"{i:04d}.mp4").write_bytes(good if i % 10 else broken[i // 10 % 6])
+        (folder / f"{i:04d}.txt").write_text("it gets brighter")
+    use_tiny_preset(monkeypatch, steps=1, clips=1)
     for stage in ("tae", "encode"):
         start = time.time()
         code, printed, err = run(train.main, *train_flags(tmp_path / "run", "--data", folder,
@@ -192,8 +167,6 @@ def test_2000_files_of_which_one_in_ten_is_broken(tmp_path, monkeypatch, run):
     listing = json.loads((tmp_path / "run/videos.json").read_text())
     assert [name for name, entry in sorted(listing.items()) if "reason" in entry] == [
         f"{i:04d}.mp4" for i in range(0, 2000, 10)]
-    reasons = Counter(entry["reason"] for entry in listing.values() if "reason" in entry)
-    assert sum(reasons.values()) == 200 and len(reasons) > 4, reasons
     assert "1800 of 1800 clips are there" in printed
 
 # ---------------------------------------------------------------- compilers and GPUs

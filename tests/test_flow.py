@@ -1,5 +1,6 @@
 """pytest tests/test_flow.py: Eq. 5, RAFT, flow of files."""
 import functools
+import itertools
 import math
 import os
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import bad_weights, make, write_clip
+from conftest import make, takes_no_bad_weights, write_clip
 
 import common
 import flow as script
@@ -35,24 +36,17 @@ def test_flow_to_rgb_colours(u, v, rgb):
     torch.testing.assert_close(colour[:, 3, 5], torch.tensor(rgb, dtype=torch.float64))
     assert colour.shape == (3, 30, 40)
 
-def test_flow_to_rgb_saturates_at_sigma_of_the_diagonal():
-    for H, W, sigma in ((30, 40, .15), (60, 80, .15), (5, 12, .15), (12, 5, .3)):
-        limit = sigma * math.sqrt(H * H + W * W)
-        for factor in (.25, .999, 1, 3):
-            low = flow_to_rgb(uniform_flow(limit * factor, 0, H, W), sigma)[1, 0, 0]
-            assert low == pytest.approx(1 - min(1, factor))         # green and blue fall as m rises
-
-def test_flow_to_rgb_round_trip_below_saturation():
-    generator = torch.Generator().manual_seed(0)
-    flow = torch.randn(2, 3, 2, 24, 32, generator=generator) * 2
-    limit = .15 * 40
+@pytest.mark.parametrize("H, W, sigma", [(24, 32, .15), (5, 12, .15), (12, 5, .3)])
+def test_flow_to_rgb_round_trip_below_saturation_at_sigma_of_the_diagonal(H, W, sigma):
+    limit, generator = sigma * math.hypot(H, W), torch.Generator().manual_seed(0)
+    flow = torch.randn(2, 30, 2, H, W, generator=generator) * limit / 3
     keep = (flow.norm(dim=2) < limit)[:, :, None].expand_as(flow)
-    assert keep.float().mean() > .9
-    back = rgb_to_flow(flow_to_rgb(flow))
+    assert .9 < keep.float().mean() < 1
+    back = rgb_to_flow(flow_to_rgb(flow, sigma), sigma)
     torch.testing.assert_close(back[keep], flow[keep], atol=1e-4, rtol=1e-4)
     # beyond it the angle stays and the norm is the limit
-    wide = back.norm(dim=2)[~keep[:, :, 0]]
-    torch.testing.assert_close(wide, torch.full_like(wide, limit), atol=1e-4, rtol=1e-4)
+    clipped = flow * limit / flow.norm(dim=2, keepdim=True)
+    torch.testing.assert_close(back[~keep], clipped[~keep], atol=1e-4, rtol=1e-4)
 
 # ---------------------------------------------------------------- RAFT
 
@@ -60,9 +54,6 @@ def test_flow_to_rgb_round_trip_below_saturation():
 def raft():
     torch.manual_seed(0)
     return RAFT().eval().requires_grad_(False)
-
-def test_raft_has_990162_parameters(raft):
-    assert sum(p.numel() for p in raft.parameters()) == 990_162
 
 def test_look_up_matches_loop():
     torch.manual_seed(0)
@@ -104,8 +95,7 @@ def test_raft_flow_is_in_px_of_the_frame(raft, H, W, scale):
     torch.testing.assert_close(flow[0, 1], torch.full((H, W), 8 * H / h))
 
 @pytest.mark.parametrize("B, T, side, dtype, within", [
-    (2, 4, 64, torch.float32, 1e-3),
-    (1, 12, 64, torch.float32, 1e-3),                   # 64 px: 8 pairs in a chunk, then 3
+    (2, 10, 64, torch.float32, 1e-3),                   # 64 px: 8 pairs in a chunk, then 1
     (1, 2, 32, torch.bfloat16, .02),                    # few: some CPUs are slow at it
 ])
 def test_estimate_flow_matches_raft_on_each_pair(raft, B, T, side, dtype, within, monkeypatch):
@@ -113,7 +103,7 @@ def test_estimate_flow_matches_raft_on_each_pair(raft, B, T, side, dtype, within
     video = torch.rand(B, T, 3, side, side)
     flow = estimate_flow(raft, video, iters=1)
     assert torch.equal(flow[:, -1], flow[:, -2]) and flow.shape == (B, T, 2, side, side)
-    for k in {0, max(0, T - 4), T - 2}:                 # T - 4: the first of the second chunk
+    for k in {0, T - 2}:                                # the second is a chunk's first
         with autocast(video.device):
             pair = raft(video[:, k], video[:, k + 1], iters=1)[-1]
         torch.testing.assert_close(flow[:, k], pair, atol=within, rtol=1e-3)
@@ -130,10 +120,6 @@ def test_estimate_flow_refuses_what_is_not_a_video(raft, video, complaint):
         estimate_flow(raft, video)
     assert complaint in str(error.value)
 
-def test_raft_refuses_frames_of_different_sizes(raft):
-    with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
-        raft(torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 40))
-
 def test_raft_load_refuses_other_files_and_runs_no_code(raft, tmp_path):
     half = {key: value.half() for key, value in raft.state_dict().items()}
     torch.save(half, tmp_path / "good")
@@ -141,19 +127,13 @@ def test_raft_load_refuses_other_files_and_runs_no_code(raft, tmp_path):
     for key, value in loaded.state_dict().items():
         assert value.dtype == torch.float32 and torch.equal(value, half[key].float())
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+    assert sum(p.numel() for p in loaded.parameters()) == 990_162           # torchvision's too
     key = next(iter(half))
-    others = {"extra": {**half, "extra": half[key]}, "lacking": {**half, key: None},
-              "shape": {**half, key: half[key][:1]}}
-    for name, content in others.items():
-        torch.save(content, tmp_path / name)
-    for path in [*bad_weights(tmp_path, tmp_path / "good"), *(tmp_path / name for name in others)]:
-        with pytest.raises(ValueError) as error:
-            RAFT.load(path)
-        assert str(path) in str(error.value) and "\n" not in str(error.value)
-    assert not (tmp_path / "ran").exists()
+    takes_no_bad_weights(RAFT.load, tmp_path, tmp_path / "good", lacking={**half, key: None},
+                         extra={**half, "extra": half[key]}, shape={**half, key: half[key][:1]})
 
 def test_shipped_weights_on_moving_sprites():
-    video, flow, _, _ = sprite_clips(range(HELD_OUT + 100, HELD_OUT + 108))
+    video, flow, _, _ = sprite_clips(range(HELD_OUT + 100, HELD_OUT + 104))
     error = (estimate_flow(RAFT.load(), video[:, 6:8])[:, 0] - flow[:, 6]).norm(dim=1)
     assert error.median() < .1                                  # of all pixels; most stand still
     assert error[flow[:, 6].norm(dim=1) > .05].median() < .45   # of those that move (still: 1.9)
@@ -188,7 +168,8 @@ def test_flow_has_the_files_own_frames_and_lasts_as_long(tmp_path, run, monkeypa
     assert count == 16 and count / rate == pytest.approx(1.2, abs=.02)
 
 def test_memory_for_flow_does_not_grow_with_the_size_of_frames():
-    cells = [(h // 8) * (w // 8) for (h, w), _ in map(RAFT.layout, (64, 540, 2160), (64, 960, 3840))]
+    sizes = (64, 64), (540, 960), (2160, 3840)
+    cells = [(h // 8) * (w // 8) for (h, w), _ in itertools.starmap(RAFT.layout, sizes)]
     assert cells[0] == 32 * 32 and max(cells) <= 2 ** 13
 
 def test_bad_input_is_one_line(tmp_path, refuses, monkeypatch):
@@ -203,8 +184,9 @@ def test_bad_input_is_one_line(tmp_path, refuses, monkeypatch):
     assert "-h shows all flags" in refuses(script.main, path, "--nonsense")
     assert "no video: no such file" in refuses(script.main)
     assert "cannot be written, --out names" in refuses(script.main, path, "--out", "nowhere/a.mp4")
-    with monkeypatch.context() as patch:
-        patch.setattr(script.os, "access", lambda path, mode: mode != os.W_OK)      # root may
-        patch.setattr(RAFT, "load", None)                   # refused before any work
-        assert "a-flow.mp4: cannot be written, --out" in refuses(script.main, path)
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.R_OK)           # root may
+    assert "permission denied" in refuses(script.main, path)
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    monkeypatch.setattr(RAFT, "load", None)                 # refused before any work
+    assert "a-flow.mp4: cannot be written, --out" in refuses(script.main, path)
     assert list(tmp_path.iterdir()) == [path]

@@ -8,8 +8,9 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 import torch
-from conftest import TINY
+from conftest import use_tiny_preset
 
 import common
 import train
@@ -31,20 +32,11 @@ def tell_phases(phase):
     train.train_loop = told(phase, "step", train.train_loop)
     train.Run.save = told(phase, "save", train.Run.save)
 
-def use_tiny_preset(steps, clips):
-    stage = steps, 1e-3, 4
-    train.PRESETS["tiny"], train.SHARD, train.WHITENING_CLIPS = TINY, 16, 32
-    train.DEFAULTS["tiny"] = {"tae": stage, "encode": (clips, 0, 8), "base": stage, "jam": stage}
-    # previews stay empty; and fp32, because sums in another order would show after bf16 products
-    train.VideoJAM.generate = lambda *_, **__: (torch.zeros(8, 5, 3, 16, 16), None)
-    train.write_video = lambda path, *_: None
-    common.fast_dtype = lambda device: torch.float32
-    train.print_expected_time = lambda run: None
-
 def use_large_preset():
     """The paper's 4b with two blocks of 32, one step a stage: it fits on one GPU."""
     preset = train.PRESETS["4b"]
-    train.PRESETS["tiny"] = dataclasses.replace(preset, dit=dataclasses.replace(preset.dit, depth=2))
+    two_blocks = dataclasses.replace(preset.dit, depth=2)
+    train.PRESETS["tiny"] = dataclasses.replace(preset, dit=two_blocks)
     train.DEFAULTS["tiny"] = {"encode": (4, 0, 1), **dict.fromkeys(("tae", "base", "jam"),
                                                                     (1, 1e-4, 2))}
     train.SHARD, train.WHITENING_CLIPS = 2, 1
@@ -53,7 +45,11 @@ if __name__ == "__main__":
     if "TINY_LARGE" in os.environ:
         use_large_preset()
     else:
-        use_tiny_preset(int(os.environ["TINY_STEPS"]), int(os.environ["TINY_CLIPS"]))
+        use_tiny_preset(pytest.MonkeyPatch(), int(os.environ["TINY_STEPS"]),
+                        int(os.environ["TINY_CLIPS"]))
+        train.show_preview = lambda *_: None
+        # sums in another order would show after bf16 products
+        common.fast_dtype = lambda device: torch.float32
     train.STAGES = os.environ.get("TINY_STAGES", " ".join(train.STAGES)).split()
     if "TINY_PHASE" in os.environ:
         tell_phases(Path(os.environ["TINY_PHASE"]))
