@@ -1,13 +1,14 @@
 """pytest tests/test_wan.py: VideoJAM on other people's transformers, tiny random ones of diffusers,
 and examples/wan.py. Skipped where diffusers is missing."""
+import multiprocessing
 import re
-import shutil
+import socket
 import sys
 
 import imageio.v3 as iio
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, rows
 from torch.testing import assert_close
 
 diffusers = pytest.importorskip("diffusers", reason="pip install diffusers transformers accelerate "
@@ -15,7 +16,10 @@ diffusers = pytest.importorskip("diffusers", reason="pip install diffusers trans
 sys.path.insert(0, str(ROOT / "examples"))
 
 import wan                                                                          # noqa: E402
-from videojam import (check_velocity, euler_sample, joint_loss, linear_quadratic,   # noqa: E402
+from common import write_video                                                      # noqa: E402
+from safetensors.torch import load_file                                             # noqa: E402
+from synthetic import sprite_clips                                                  # noqa: E402
+from videojam import (VideoJAM, check_velocity, euler_sample, joint_loss, linear_quadratic,   # noqa: E402
                       new_entries, widen_input, widen_output)
 
 B, C, L, SHAPE = 2, 4, 5, (3, 4, 4)             # clips, channels, words, positions
@@ -139,50 +143,76 @@ def test_v_and_epsilon_predictions_become_velocities(kind, net_gives):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A folder of `train --tiny`, ten steps."""
-    out = tmp_path_factory.mktemp("wan")
-    command = ["wan.py", "train", "--tiny", "--steps", "10", "--out", str(out)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", command)
-        wan.main()
+    out = tmp_path_factory.mktemp("wan") / "one"
+    train_tiny(out)
     return out
+
+def train_tiny(out, port=None, rank=0):
+    """Trains ten steps; with a port, as one of two processes, without previews."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["wan.py", "train", "--tiny", "--steps", "10", "--out", str(out)])
+        if port:
+            patch.setattr(VideoJAM, "generate", lambda *_, **__: (torch.zeros(8, 9, 3, 32, 32), None))
+            for name, value in {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1",
+                                "MASTER_PORT": port}.items():
+                patch.setenv(name, str(value))
+        wan.main()
 
 def test_tiny_trains_and_samples(trained, run, tmp_path):
     assert len([*trained.glob("previews/*.mp4")]) == 5
     for options in ([], ["--one-by-one"]):
         file = tmp_path / f"{len(options)}.mp4"
-        code, out, err = run(wan.main, "sample", "--tiny", trained, "a red square", "--steps", 4,
-                             "--file", file, *options)
-        assert code == 0 and out.split() == [str(file), str(file.with_stem(f"{file.stem}-motion"))]
-        assert iio.imread(file).shape == (9, 256, 256, 3), err
+        code, out, err = run(wan.main, "sample", trained, "a red square", "--steps", 4,
+                             "--out", file, *options)
+        assert code == 0 and out.startswith(f"{file}: 'a red square'"), err
+        assert iio.imread(file).shape == (9, 2 * 34 * 4, 34 * 4, 3)         # video above motion
     assert_close(*(torch.from_numpy(iio.imread(tmp_path / f"{i}.mp4")).float() for i in (0, 1)),
                  rtol=0, atol=8)
 
 def test_tiny_killed_and_resumed_ends_the_same(trained, run, tmp_path, monkeypatch):
-    for name in ("clips", "videos"):
-        shutil.copytree(trained / name, tmp_path / name)
-    shutil.copy(trained / "wan.json", tmp_path)
     command, calls = ("train", "--tiny", "--steps", 10, "--out", tmp_path), []
-    update = wan.optimizer_step
+    update = wan.train.Trainer.update
     def killed(*args):
         calls.append(args)
-        if len(calls) == 4:
+        if len(calls) == 6:                     # a preview and its checkpoint come every two steps
             raise KeyboardInterrupt
-        update(*args)
-    monkeypatch.setattr(wan, "CHECKPOINT_SECONDS", -1)
-    monkeypatch.setattr(wan, "optimizer_step", killed)
+        return update(*args)
+    monkeypatch.setattr(wan.train.Trainer, "update", killed)
     assert run(wan.main, *command)[0] == 130 and not (tmp_path / "transformer").exists()
-    assert run(wan.main, *command)[0] == 0 and len(calls) == 4 + 7
+    assert run(wan.main, *command)[0] == 0 and len(calls) == 6 + 6
     for path in (trained / "transformer").iterdir():
         assert (tmp_path / "transformer" / path.name).read_bytes() == path.read_bytes()
 
-def test_tiny_with_lora_becomes_plain_weights(trained, run, tmp_path):
+def test_tiny_in_two_processes_is_as_in_one(trained, tmp_path):
+    """Sharded. Forked, because torchrun would import diffusers again."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    both = [multiprocessing.get_context("fork").Process(target=train_tiny,
+                                                        args=(tmp_path, port, rank), daemon=True)
+            for rank in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(100)
+        assert process.exitcode == 0
+    for one, two in zip(rows(trained, "jam"), rows(tmp_path, "jam"), strict=True):
+        assert [one[key] for key in ("step", "loss_x", "loss_d")] == pytest.approx(
+            [two[key] for key in ("step", "loss_x", "loss_d")], rel=1e-4)
+    whole, sharded = (load_file(out / "transformer/diffusion_pytorch_model.safetensors")
+                      for out in (trained, tmp_path))
+    assert_close(sharded, whole, rtol=0, atol=1e-4)
+
+def test_tiny_with_lora_becomes_plain_weights(run, tmp_path):
     pytest.importorskip("peft")
-    shutil.copytree(trained / "clips", tmp_path / "clips")
-    code, _, err = run(wan.main, "train", "--tiny", "--steps", 5, "--lora", 2, "--out", tmp_path,
-                       "--data", trained / "videos")
+    video, _, captions, _ = sprite_clips(range(3), 9, 32)
+    for i, caption in enumerate(captions):
+        write_video(tmp_path / f"{i}.mp4", video[i], 16, 1)
+        (tmp_path / f"{i}.txt").write_text(caption)
+    code, _, err = run(wan.main, "train", "--tiny", "--steps", 2, "--lora", 2, "--out",
+                       tmp_path / "out", "--data", tmp_path)
     assert code == 0, err
     base, tuned = wan.load(diffusers.WanTransformer3DModel, "tiny").state_dict(), \
-        diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "transformer").state_dict()
+        diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "out/transformer").state_dict()
     changed = {name for name in base if base[name].shape != tuned[name].shape
                or not torch.equal(base[name], tuned[name])}
     assert base.keys() == tuned.keys() and changed == {
@@ -192,13 +222,19 @@ def test_tiny_with_lora_becomes_plain_weights(trained, run, tmp_path):
 @pytest.mark.parametrize("flags, complaint", [
     ((), "no videos: --data"), (("--tiny", "--frames", 16), "4n [+] 1 frames, such as 17"),
     (("--tiny", "--size", "32"), "--size"), (("--tiny", "--size", "40x32"), "multiples of 16"),
-    (("--tiny", "--data", "/nowhere"), "no videos in it"),
+    (("--tiny", "--data", "/nowhere"), "begun with data 'sprites'"),
     (("--tiny", "--lr", "1"), "begun with lr 0.001, not 1.0"),
     (("--tiny", "--model", "/nowhere"), "begun with model 'tiny'")])
 def test_train_refuses_bad_input(trained, refuses, flags, complaint):
     assert re.search(complaint, refuses(wan.main, "train", "--steps", 10, "--out", trained, *flags))
 
-def test_missing_weights_are_refused(refuses, tmp_path):
-    (tmp_path / "a.mp4").touch()
+def test_missing_weights_and_videos_are_refused(refuses, tmp_path):
     assert "none: no AutoencoderKLWan there, nor on the hub" in refuses(
         wan.main, "train", "--data", tmp_path, "--model", tmp_path / "none", "--out", tmp_path)
+    assert "no videos in it" in refuses(
+        wan.main, "train", "--tiny", "--data", "/nowhere", "--out", tmp_path)
+
+def test_image_to_video_is_refused(refuses, tmp_path, monkeypatch):
+    monkeypatch.setitem(wan.TINY[diffusers.WanTransformer3DModel], "in_channels", 9)
+    assert "takes 9 channels, not a video's 4" in refuses(
+        wan.main, "train", "--tiny", "--out", tmp_path)
