@@ -128,7 +128,7 @@ class WanRun(train.Run):
             raise ValueError(f"{T} frames of {args.size}: Wan's VAE takes 4n + 1 frames, such as "
                              f"{T // 4 * 4 + 1}, and --size sides that are multiples of 16")
         self.settings |= {name: vars(args)[name] for name in SETTINGS}
-        if (path := self.out / "settings.json").is_file():
+        if args.command == "train" and (path := self.out / "settings.json").is_file():
             train.refuse_changes(self.out, read_json(path), self.settings)
         vae = load(AutoencoderKLWan, args.model, subfolder="vae", dtype=torch.float32)
         self.vae, C = TAE(vae, (H, W)).to(self.device), vae.config.z_dim
@@ -143,11 +143,12 @@ class WanRun(train.Run):
     @functools.cache
     def tae(self):
         """The VAE, knowing the motion's scale, of 16 clips: RGB flow is mostly white."""
-        path, dataset = self.out / "motion.pt", self.dataset
+        path = self.out / "motion.pt"
         if rank() == 0 and not path.exists():
-            clips = (dataset.training([i]) for i in range(16))
-            d = torch.cat([self.vae.encode(dataset.motion(video.to(self.device), extra), True)
-                           for video, _, extra, _ in clips]).transpose(0, 1).flatten(1).cpu()
+            clips = (self.dataset.training([i]) for i in range(16))
+            motion = (self.dataset.motion(clip.to(self.device), extra) for clip, _, extra, _ in clips)
+            d = torch.cat([self.vae.encode(rgb, True).cpu() for rgb in motion])
+            d = d.transpose(0, 1).flatten(1)
             scale = torch.stack([d.mean(1), d.std(1).clamp(min=1e-3)])
             write_tensors(path, {"kind": "motion", "scale": scale[..., None, None, None]})
         barrier()
@@ -180,9 +181,6 @@ class WanRun(train.Run):
         args = self.args
         wan = load(WanTransformer3DModel, args.model, subfolder="transformer", dtype=dtype)
         c = wan.config
-        if c.in_channels != c.out_channels:
-            raise ValueError(f"{args.model}: its input layer takes {c.in_channels} channels, not a "
-                             f"video's {c.out_channels}: --model takes Wan 2.1 text-to-video")
         torch.manual_seed(args.seed)
         probe = torch.randn(1, c.in_channels, 1, 8, 8), torch.rand(1), torch.randn(1, 8, c.text_dim)
         with torch.no_grad(), autocast("cpu", dtype):
@@ -243,14 +241,14 @@ def open_run(own, flags):
     """The run of our own flags and train.py's."""
     sys.argv[1:] = f"{FLAGS} {TINY_FLAGS if own.tiny else ''}".split() + flags
     args = argparse.Namespace(**{**vars(train.parse()), **vars(own)})
+    if own.command == "train" and not (args.data or own.tiny):
+        raise ValueError("no videos: --data FOLDER")
     args.device = join_processes(args.device)
     if own.tiny:                            # for tiny tensors more threads only wait
         torch.set_num_threads(1)
     return WanRun(args)
 
 def fine_tune(own, flags):
-    if not (own.tiny or "--data" in flags):
-        raise ValueError("no videos: --data FOLDER")
     run = open_run(own, flags)
     args = run.args
     args.accumulate = max(1, run.hyperparameters("jam")[2] // world_size())     # clip by clip
