@@ -69,13 +69,6 @@ def velocity(wan, one_by_one=False):
     return u if not one_by_one else lambda *batch: torch.cat(
         [u(*sample) for sample in zip(*(part.split(1) for part in batch))])
 
-def add_motion(wan):
-    """Sec. 4.2 for Wan's two layers. Its config learns of it, so that from_pretrained does too."""
-    C = wan.config.out_channels
-    wan.patch_embedding = widen_input(wan.patch_embedding, C, channel_last=False)
-    wan.proj_out = widen_output(wan.proj_out, C, channel_last=True)
-    wan.register_to_config(in_channels=2 * C, out_channels=2 * C)
-
 class DiT(videojam.DiT):
     """Wan as a DiT of videojam.py: model(x, t, tokens)."""
     config, text = SimpleNamespace(motion=True), SimpleNamespace(layers=[])
@@ -121,7 +114,13 @@ class TAE(torch.nn.Module):
 # ---------------------------------------------------------------- train.py's run and stage
 
 class WanRun(train.Run):
-    def __init__(self, args):
+    """A run of our own flags and train.py's."""
+    def __init__(self, own, flags):
+        sys.argv[1:] = f"{FLAGS} {TINY_FLAGS if own.tiny else ''}".split() + flags
+        args = argparse.Namespace(**{**vars(train.parse()), **vars(own)})
+        if own.command == "train" and not (args.data or own.tiny):
+            raise ValueError("no videos: --data FOLDER")
+        args.device = join_processes(args.device)
         super().__init__(args)
         T, (H, W) = args.frames, map(int, (*re.findall(r"\d+", args.size), 1, 1)[:2])
         if T % 4 != 1 or H % 16 or W % 16:
@@ -146,8 +145,8 @@ class WanRun(train.Run):
         path = self.out / "motion.pt"
         if rank() == 0 and not path.exists():
             clips = (self.dataset.training([i]) for i in range(16))
-            motion = (self.dataset.motion(clip.to(self.device), extra) for clip, _, extra, _ in clips)
-            d = torch.cat([self.vae.encode(rgb, True).cpu() for rgb in motion])
+            d = torch.cat([self.vae.encode(self.dataset.motion(video.to(self.device), extra),
+                                           motion=True).cpu() for video, _, extra, _ in clips])
             d = d.transpose(0, 1).flatten(1)
             scale = torch.stack([d.mean(1), d.std(1).clamp(min=1e-3)])
             write_tensors(path, {"kind": "motion", "scale": scale[..., None, None, None]})
@@ -168,7 +167,7 @@ class WanRun(train.Run):
 
     @torch.no_grad()
     def prompt_embedding(self, prompt):
-        """A prompt's embeddings (L, D), kept in DIR/texts."""
+        """(L, D), kept in DIR/texts."""
         path = self.out / f"texts/{hashlib.md5(prompt.encode()).hexdigest()}.pt"
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
@@ -176,17 +175,19 @@ class WanRun(train.Run):
         return read_tensors(path, "text")["y"].float()
 
     def build(self, dtype):
-        """Wan with motion, checked, on the CPU. With --lora its adapters and the two layers learn,
-        in fp32 whatever the dtype: bf16 would round steps of 5e-6 away."""
+        """Wan with motion (Sec. 4.2), checked, on the CPU. With --lora its adapters and two layers
+        learn, in fp32 whatever the dtype: bf16 would round steps of 5e-6 away."""
         args = self.args
         wan = load(WanTransformer3DModel, args.model, subfolder="transformer", dtype=dtype)
-        c = wan.config
+        c, C = wan.config, wan.config.out_channels
         torch.manual_seed(args.seed)
         probe = torch.randn(1, c.in_channels, 1, 8, 8), torch.rand(1), torch.randn(1, 8, c.text_dim)
         with torch.no_grad(), autocast("cpu", dtype):
             before = velocity(wan)(*probe)
-            add_motion(wan)
+            wan.patch_embedding = widen_input(wan.patch_embedding, C, channel_last=False)
+            wan.proj_out = widen_output(wan.proj_out, C, channel_last=True)
             check_velocity(before, velocity(wan), *probe)
+        wan.register_to_config(in_channels=2 * C, out_channels=2 * C)   # from_pretrained reads it
         if args.lora:
             import peft                     # needed here alone
             wan.requires_grad_(False)
@@ -237,19 +238,8 @@ class AdamW(torch.optim.AdamW):
 
 # ---------------------------------------------------------------- the two commands
 
-def open_run(own, flags):
-    """The run of our own flags and train.py's."""
-    sys.argv[1:] = f"{FLAGS} {TINY_FLAGS if own.tiny else ''}".split() + flags
-    args = argparse.Namespace(**{**vars(train.parse()), **vars(own)})
-    if own.command == "train" and not (args.data or own.tiny):
-        raise ValueError("no videos: --data FOLDER")
-    args.device = join_processes(args.device)
-    if own.tiny:                            # for tiny tensors more threads only wait
-        torch.set_num_threads(1)
-    return WanRun(args)
-
 def fine_tune(own, flags):
-    run = open_run(own, flags)
+    run = WanRun(own, flags)
     args = run.args
     args.accumulate = max(1, run.hyperparameters("jam")[2] // world_size())     # clip by clip
     print0(REAL)
@@ -268,9 +258,8 @@ def fine_tune(own, flags):
 def sample_videos(own, flags):
     folder, *flags = ["runs/wan-tiny"] * own.tiny + flags or ["DIR"]
     settings = read_json(Path(folder, "settings.json"), *SETTINGS)
-    for name in SETTINGS:
-        setattr(own, name, settings[name])
-    run = open_run(own, ["--out", folder])
+    vars(own).update({name: settings[name] for name in SETTINGS})
+    run = WanRun(own, ["--out", folder])
     wan = load(WanTransformer3DModel, run.out / "transformer", dtype=run.args.precision)
     model = VideoJAM(run.preset, run.tae(), DiT(run, wan.to(run.device)))
     sys.argv[1:] = ["--run", folder, "--motion", *flags]
@@ -292,6 +281,7 @@ def main():
     flag("--tiny", action="store_true", help="a random model")
     if "--tiny" in sys.argv:
         parser.set_defaults(model="tiny", size="32x32", frames=9)
+        torch.set_num_threads(1)            # for tiny tensors more threads only wait
     own, flags = parser.parse_known_args()
     {"train": fine_tune, "sample": sample_videos}[own.command](own, flags)
 
