@@ -52,7 +52,7 @@ def load(kind, name, **options):
     """A model of a class, by folder or the hub's name. ValueError where its weights are not."""
     if name == "tiny":
         torch.manual_seed(0)
-        return kind(**TINY[kind])
+        return kind(**TINY[kind]).to(options.get("dtype"))
     try:
         return kind.from_pretrained(name, **options)
     except Exception as error:              # of several libraries: no network, no such file, ...
