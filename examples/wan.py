@@ -46,7 +46,7 @@ ADAPTED = ["to_q", "to_k", "to_v", "to_out.0"]              # the layers that ge
 SETTINGS = "model", "size", "frames", "lora"
 # 20 bytes for what learns: weight, average, gradient, AdamW's two moments; 4 for what does not
 REAL = """Wan 2.1 of 1.3 B: 1.419 B parameters, 0.2 M of them new: 28.4 GB, spread over the GPUs.
-With --lora 32 23.6 M and the two layers learn: 6.2 GB. A clip's activations come on top."""
+With --lora 32, 23.6 M and the two layers learn: 6.2 GB. A clip's activations come on top."""
 
 def load(kind, name, **options):
     """A model of a class, by folder or the hub's name. ValueError where its weights are not."""
