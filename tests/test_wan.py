@@ -1,13 +1,15 @@
 """pytest tests/test_wan.py: VideoJAM on other people's transformers, tiny random ones of diffusers,
 and examples/wan.py. Skipped where diffusers is missing."""
+import multiprocessing
 import re
 import shutil
+import socket
 import sys
 
 import imageio.v3 as iio
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, rows
 from torch.testing import assert_close
 
 diffusers = pytest.importorskip("diffusers", reason="pip install diffusers transformers accelerate "
@@ -15,6 +17,8 @@ diffusers = pytest.importorskip("diffusers", reason="pip install diffusers trans
 sys.path.insert(0, str(ROOT / "examples"))
 
 import wan                                                                          # noqa: E402
+from common import write_video                                                      # noqa: E402
+from synthetic import sprite_clips                                                  # noqa: E402
 from videojam import (check_velocity, euler_sample, joint_loss, linear_quadratic,   # noqa: E402
                       new_entries, widen_input, widen_output)
 
@@ -138,67 +142,101 @@ def test_v_and_epsilon_predictions_become_velocities(kind, net_gives):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder of `train --tiny`, ten steps."""
-    out = tmp_path_factory.mktemp("wan")
-    command = ["wan.py", "train", "--tiny", "--steps", "10", "--out", str(out)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", command)
-        wan.main()
+    """A folder of `train --tiny`, five steps."""
+    out = tmp_path_factory.mktemp("wan") / "one"
+    train_tiny(out)
     return out
+
+def train_tiny(out, port=None, rank=0):
+    """Trains five steps; with a port, as one of two processes, without previews."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["wan.py", "train", "--tiny", "--steps", "5", "--out", str(out)])
+        if port:
+            patch.setattr(wan.train.DiTStage, "preview", lambda *_: None)
+            for name, value in {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1",
+                                "MASTER_PORT": port}.items():
+                patch.setenv(name, str(value))
+        wan.main()
 
 def test_tiny_trains_and_samples(trained, run, tmp_path):
     assert len([*trained.glob("previews/*.mp4")]) == 5
     for options in ([], ["--one-by-one"]):
         file = tmp_path / f"{len(options)}.mp4"
-        code, out, err = run(wan.main, "sample", "--tiny", trained, "a red square", "--steps", 4,
-                             "--file", file, *options)
-        assert code == 0 and out.split() == [str(file), str(file.with_stem(f"{file.stem}-motion"))]
-        assert iio.imread(file).shape == (9, 256, 256, 3), err
+        code, out, err = run(wan.main, "sample", trained, "a red square", "--steps", 4,
+                             "--out", file, *options)
+        assert code == 0 and out.startswith(f"{file}: 'a red square'"), err
+        assert iio.imread(file).shape == (9, 8 * 34, 8 * 2 * 34, 3)     # video, motion
     assert_close(*(torch.from_numpy(iio.imread(tmp_path / f"{i}.mp4")).float() for i in (0, 1)),
                  rtol=0, atol=8)
 
 def test_tiny_killed_and_resumed_ends_the_same(trained, run, tmp_path, monkeypatch):
-    for name in ("clips", "videos"):
-        shutil.copytree(trained / name, tmp_path / name)
-    shutil.copy(trained / "wan.json", tmp_path)
-    command, calls = ("train", "--tiny", "--steps", 10, "--out", tmp_path), []
-    update = wan.optimizer_step
+    command, calls = ("train", "--tiny", "--steps", 5, "--out", tmp_path), []
+    update = wan.train.Trainer.update
     def killed(*args):
         calls.append(args)
-        if len(calls) == 4:
+        if len(calls) == 4:                     # each step's checkpoint was written
             raise KeyboardInterrupt
-        update(*args)
-    monkeypatch.setattr(wan, "CHECKPOINT_SECONDS", -1)
-    monkeypatch.setattr(wan, "optimizer_step", killed)
+        return update(*args)
+    monkeypatch.setattr(wan.train.Trainer, "update", killed)
+    monkeypatch.setattr(wan.train.DiTStage, "preview", lambda *_: None)
     assert run(wan.main, *command)[0] == 130 and not (tmp_path / "transformer").exists()
-    assert run(wan.main, *command)[0] == 0 and len(calls) == 4 + 7
+    assert run(wan.main, *command)[0] == 0 and len(calls) == 4 + 2
     for path in (trained / "transformer").iterdir():
         assert (tmp_path / "transformer" / path.name).read_bytes() == path.read_bytes()
+    code, _, err = run(wan.main, *command, "--lr", 1)
+    assert code == 2 and "begun with lr 0.001, not 1.0" in err
 
-def test_tiny_with_lora_becomes_plain_weights(trained, run, tmp_path):
+def test_tiny_in_two_processes_is_as_in_one(trained, tmp_path):
+    """Sharded. Forked, because torchrun would import diffusers again."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork").Process
+    both = [fork(target=train_tiny, args=(tmp_path, port, rank), daemon=True) for rank in (0, 1)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(100)
+        assert process.exitcode == 0
+    one, two = ([[row[key] for key in ("step", "loss_x", "loss_d")] for row in rows(out, "jam")]
+                for out in (trained, tmp_path))
+    assert len(one) == 5 and torch.tensor(two).allclose(torch.tensor(one), rtol=1e-4)
+    whole, sharded = (diffusers.WanTransformer3DModel.from_pretrained(out / "transformer")
+                      .state_dict() for out in (trained, tmp_path))
+    assert_close(sharded, whole, rtol=0, atol=1e-4)
+
+def test_tiny_with_lora_becomes_plain_weights(run, tmp_path):
     pytest.importorskip("peft")
-    shutil.copytree(trained / "clips", tmp_path / "clips")
-    code, _, err = run(wan.main, "train", "--tiny", "--steps", 5, "--lora", 2, "--out", tmp_path,
-                       "--data", trained / "videos")
+    video, _, captions, _ = sprite_clips(range(3), 9, 32)
+    for i, caption in enumerate(captions):
+        write_video(tmp_path / f"{i}.mp4", video[i], 16, 1)
+        (tmp_path / f"{i}.txt").write_text(caption)
+    code, _, err = run(wan.main, "train", "--tiny", "--steps", 2, "--lora", 2, "--out",
+                       tmp_path / "out", "--data", tmp_path)
     assert code == 0, err
     base, tuned = wan.load(diffusers.WanTransformer3DModel, "tiny").state_dict(), \
-        diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "transformer").state_dict()
+        diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "out/transformer").state_dict()
     changed = {name for name in base if base[name].shape != tuned[name].shape
                or not torch.equal(base[name], tuned[name])}
     assert base.keys() == tuned.keys() and changed == {
         name for name in base if name.startswith(("patch_embedding", "proj_out"))
         or name.endswith(tuple(f"{part}.weight" for part in wan.ADAPTED))}
+    code, _, err = run(wan.main, "sample", tmp_path / "out", captions[0], "--steps", 1, "--out",
+                       tmp_path / "a.mp4")
+    assert code == 0, err
 
 @pytest.mark.parametrize("flags, complaint", [
     ((), "no videos: --data"), (("--tiny", "--frames", 16), "4n [+] 1 frames, such as 17"),
     (("--tiny", "--size", "32"), "--size"), (("--tiny", "--size", "40x32"), "multiples of 16"),
-    (("--tiny", "--data", "/nowhere"), "no videos in it"),
-    (("--tiny", "--lr", "1"), "begun with lr 0.001, not 1.0"),
+    (("--tiny", "--data", "/nowhere"), "begun with data 'sprites'"),
     (("--tiny", "--model", "/nowhere"), "begun with model 'tiny'")])
 def test_train_refuses_bad_input(trained, refuses, flags, complaint):
-    assert re.search(complaint, refuses(wan.main, "train", "--steps", 10, "--out", trained, *flags))
+    assert re.search(complaint, refuses(wan.main, "train", "--steps", 5, "--out", trained, *flags))
 
-def test_missing_weights_are_refused(refuses, tmp_path):
-    (tmp_path / "a.mp4").touch()
+def test_wrong_weights_and_no_videos_are_refused(refuses, tmp_path, monkeypatch):
+    command = wan.main, "train", "--tiny", "--out", tmp_path
     assert "none: no AutoencoderKLWan there, nor on the hub" in refuses(
-        wan.main, "train", "--data", tmp_path, "--model", tmp_path / "none", "--out", tmp_path)
+        *command, "--model", tmp_path / "none")
+    assert "no videos in it" in refuses(*command, "--data", "/nowhere")
+    shutil.rmtree(tmp_path)
+    monkeypatch.setitem(wan.TINY[diffusers.WanTransformer3DModel], "in_channels", 9)
+    assert "for an input of 4 channels" in refuses(*command)
