@@ -98,15 +98,8 @@ def output_files(args, prompts):
         files.append(path)
     return files
 
-def main():
-    args = parse()
-    prompts = read_prompts(args)
-    weights = weights_path(args.run)
-    device = device_of(args.device)
-    model = VideoJAM.load(weights, args.which, device)
-    base = VideoJAM.load(weights, "base", device) if args.compare else None
-    if args.motion and not model.dit.config.motion:
-        raise ValueError(f"--motion: the {args.which} model predicts no motion")
+def write_samples(args, prompts, model, base=None):
+    """Writes --n samples of each prompt by a VideoJAM, beside those of a base model if given."""
     files = output_files(args, prompts)
     print_hints(args.run, prompts, model.config.dit.max_bytes)
     began, prompts = time.time(), [prompt for prompt in prompts for _ in range(args.n)]
@@ -116,14 +109,23 @@ def main():
                        emulated=args.emulated)
         video, motion = model.generate(some, mode=args.guidance, progress=args.which, **options)
         shown = [video, motion] if args.motion else [video]
-        if args.compare:
+        if base:
             mode = args.guidance if args.guidance in WITHOUT_MOTION else None
             shown.insert(0, base.generate(some, mode=mode, progress="base", **options)[0])
         for path, prompt, *parts in zip(files[start:], some, *shown):
             write_video(path, grid(torch.stack(parts)), model.config.fps, args.upscale)
             print(f"{path}: {prompt!r}")
-    what = ["base"] * args.compare + [args.which] + ["its motion"] * args.motion
+    what = ["base"] * bool(base) + [args.which] + ["its motion"] * args.motion
     print(f"{len(files)} of {' | '.join(what)} in {time.time() - began:.1f} s")
+
+def main():
+    args = parse()
+    prompts, weights, device = read_prompts(args), weights_path(args.run), device_of(args.device)
+    model = VideoJAM.load(weights, args.which, device)
+    if args.motion and not model.dit.config.motion:
+        raise ValueError(f"--motion: the {args.which} model predicts no motion")
+    base = VideoJAM.load(weights, "base", device) if args.compare else None
+    write_samples(args, prompts, model, base)
 
 if __name__ == "__main__":
     report_errors(main)

@@ -375,7 +375,8 @@ class Trainer:
         name, model
         settings                {name: value}: must be the same when the stage is resumed
         notes                   {name: value}: written down beside them
-        lr_scale                Muon's
+        lr_scale                the optimizers'
+        make_optimizers         (model, lr, lr_scale) -> a list; if it has none, common's
         decay                   the share of steps over which the learning rate falls
         load(step, places)      the data of some places in the batch, a list; called in threads
         losses(data)            pairs of a scalar, whose sum is the loss, and {name: (n,)} to report
@@ -383,7 +384,8 @@ class Trainer:
     def __init__(self, run, stage):
         self.stage, self.model, self.accumulate = stage, stage.model.train(), run.args.accumulate
         self.steps, self.lr, self.batch = run.hyperparameters(stage.name)
-        self.optimizers = make_optimizers(self.model, self.lr, stage.lr_scale)
+        make = getattr(stage, "make_optimizers", make_optimizers)
+        self.optimizers = make(self.model, self.lr, stage.lr_scale)
         self.weights = dict(self.model.named_parameters())
         self.ema = {name: weight.detach().clone() for name, weight in self.weights.items()}
         self.settings, self.bad = {"lr": self.lr, "batch": self.batch, **stage.settings}, 0
@@ -620,7 +622,7 @@ def motion_lr_scale(model, C):
 
 class DiTStage:
     """base, jam and control: the same data, the same noise; jam alone has d beside x."""
-    decay = .3
+    decay, shown = .3, 8                        # captions in a preview
 
     def __init__(self, run, name):
         self.run, self.name, args = run, name, run.args
@@ -695,13 +697,14 @@ class DiTStage:
         yield mse.mean(), report
 
     def preview(self, checkpoint, step):
-        """Samples for eight captions, and the motion that jam predicts for them."""
+        """Samples for some captions, and the motion that jam predicts for them."""
         run = self.run
         dtype = torch.bfloat16 if run.device.type == "cuda" else torch.float32
         dit = run.load_dit(checkpoint, self.name, dtype).to(run.device)
         model = VideoJAM(run.preset, run.tae(), dit, self.name)
         each = 1 if run.args.activation_checkpointing else 8    # large clips one by one
-        shown = model.generate(run.dataset.held_out(8)[1], steps=30, batch=each)
+        captions = run.dataset.held_out(self.shown)[1]
+        shown = model.generate(captions, steps=30, batch=each)
         write_video(run.out / f"previews/{self.name}-{step:06d}.mp4",
                     grid(*(part for part in shown if part is not None)), run.preset.fps)
 

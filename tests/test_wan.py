@@ -9,7 +9,7 @@ import sys
 import imageio.v3 as iio
 import pytest
 import torch
-from conftest import ROOT, rows
+from conftest import ROOT, logged
 from torch.testing import assert_close
 
 diffusers = pytest.importorskip("diffusers", reason="pip install diffusers transformers accelerate "
@@ -197,7 +197,7 @@ def test_tiny_in_two_processes_is_as_in_one(trained, tmp_path):
     for process in both:
         process.join(100)
         assert process.exitcode == 0
-    one, two = ([[row[key] for key in ("step", "loss_x", "loss_d")] for row in rows(out, "jam")]
+    one, two = ([[row[key] for key in ("step", "loss_x", "loss_d")] for row in logged(out, "jam")]
                 for out in (trained, tmp_path))
     assert len(one) == 5 and torch.tensor(two).allclose(torch.tensor(one), rtol=1e-4)
     whole, sharded = (diffusers.WanTransformer3DModel.from_pretrained(out / "transformer")
