@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import signal
+import socket
 import sys
 import types
 from unittest.mock import Mock
@@ -372,8 +373,13 @@ def test_a_preview_that_fails_does_not_end_the_run(begun, run, monkeypatch):
 # ---------------------------------------------------------------- several processes
 
 def test_two_processes_equal_one(finished, tmp_path):
-    at_once(train_command(2, tmp_path / "two", "--accumulate", "2", "--activation-checkpointing",
-                          steps=3, TINY_STAGES="tae encode base jam"))
+    """Started as torchrun does, without its own seconds."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    at_once(*(train_command(
+        0, tmp_path / "two", "--accumulate", "2", "--activation-checkpointing", steps=3,
+        TINY_STAGES="tae encode base jam", RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=f"{port}") for rank in range(2)))
     for stage in ("tae", "base", "jam"):
         alone, shared = ([{key: value for key, value in row.items() if key != "stage"
                            and "bins" not in key and value is not None}
