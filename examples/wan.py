@@ -164,6 +164,7 @@ class WanRun(train.Run):
         return lambda prompt: pipe.encode_prompt(prompt, do_classifier_free_guidance=False,
                                                  max_sequence_length=512)[0][0].cpu()
 
+    @functools.lru_cache(8)                 # a sampling step asks for the same ones again
     @torch.no_grad()
     def prompt_embedding(self, prompt):
         """(L, D), kept in DIR/texts."""
