@@ -124,7 +124,7 @@ def paired_table(results, against):
             row.append("{:+.{k}f} [{:+.{k}f}, {:+.{k}f}], p = {:.4f}, n = {}".format(
                 *(scale * v for v in values), p, n, k=digits))
         table.append(row)
-    return ["", *PAIRED.values()], table
+    return ["p values are not corrected for their number", *PAIRED.values()], table
 
 # ---------------------------------------------------------------- Sec. 3, Fig. 3: motivation
 
@@ -188,7 +188,7 @@ def compare(e):
                for name, rows in results.items()]
     counts = [f"{name} (n {sum(group)})" for name, group in groups.items()]
     header, by_raft = score_table(
-        {name: [vbench(clip.to(e.device), e.config.fps, e.raft)
+        {name: [vbench(clip.to(e.device).unbind, e.config.fps, e.raft)
                 for clip in tqdm(video[:args.few], f"RAFT on {name}")]
          for name, video in videos.items()}, VBENCH)
     tables = [score_table(results, SCORES),
@@ -196,10 +196,9 @@ def compare(e):
               paired_table({name: results[name] for name in (alone, guided)}, alone),
               (["motion as named %", *counts], by_kind),
               ([f"the first {min(n, args.few)} prompts", *header[1:]], by_raft)]
-    return {"about": f"n = {n} prompts of held-out clips ({len(set(e.captions))} of them "
-                     f"different), {args.seeds} samples each, the same noise for every model, "
-                     f"{args.steps} steps, w1 = {args.w1:g}; 95% intervals over prompts, Wilson's "
-                     "for shares, else by bootstrap; p values are not corrected for their number.",
+    return {"about": f"n = {n} held-out prompts ({len(set(e.captions))} different), {args.seeds} "
+                     f"samples each, the same noise for every model, {args.steps} steps, w1 = "
+                     f"{args.w1:g}; 95% intervals over prompts.",
             "tables": tables, "clips": results,
             "shown": [(name, video[:8]) for name, video in videos.items()]
             + [("motion predicted by VideoJAM", e.sample()[1][:8])]}
@@ -218,8 +217,7 @@ def ablation(e):
     rows |= {name: score_clips(e.sample(**options)[0], e.scenes)
              for name, options in variants.items()}
     return {"about": f"n = {e.args.n} held-out clips' prompts, the same noise in every row. "
-                     "Composable guidance has its motion term in all steps. The p values are not "
-                     "corrected for their number.",
+                     "Composable guidance has its motion term in all steps.",
             "tables": [score_table(rows, SCORES), paired_table(rows, first)], "clips": rows}
 
 # ---------------------------------------------------------------- App. B, Fig. 8: SDEdit
@@ -315,25 +313,16 @@ def premise_section(args, runs):
     for dose, _ in min(still), max(still):
         label, *lines = runs[dose, "flow"][0]["fig3"]
         curves.append((f"appearance {dose:g}: {label}", *lines))
+    shares = ", ".join(f"{share:.0f}%" for share in still.values())
     return {"about": f"{sum(map(len, runs.values()))} of {len(TRAININGS) * (len(DOSES) + 2)} "
-                     "trainings. A row is --appearance, --target: the model. Of the variance of the"
-                     f" pixels {', '.join(f'{share:.0f}%' for share in still.values())} stand still"
-                     f" (by --appearance). n = {args.n} held-out prompts, {args.steps} steps, w1 = "
-                     f"{args.w1:g}, w2 = {args.w2:g}; 95% intervals over prompts, not over "
-                     "trainings. The p values are not corrected for their number.",
+                     f"trainings, by --appearance ({shares} of the variance of pixels stand still) "
+                     f"and --target. n = {args.n} held-out prompts, {args.steps} steps, w1 = "
+                     f"{args.w1:g}, w2 = {args.w2:g}; 95% intervals over prompts, not trainings.",
             "tables": [score_table(scores, SCORES), (header, gains),
                        *([paired_table(targets, "flow")] if len(targets) > 1 else [])],
             "curves": curves, "runs": [[*world, some] for world, some in runs.items()]}
 
 # ---------------------------------------------------------------- folders of anybody's videos
-
-class VideoFile:
-    """A video file's frames (3, H, W) in [0, 1], decoded anew each time they are gone through."""
-    def __init__(self, path, device):
-        self.path, self.device = path, device
-
-    def __iter__(self):
-        return (frame.to(self.device) / 255 for frame in open_video(self.path))
 
 def metrics(args):
     """VBench's motion metrics of a folder of videos, named PROMPT-INDEX as VBench does."""
@@ -343,11 +332,10 @@ def metrics(args):
     for name in tqdm(names, "metrics", disable=not names):
         try:
             _, fps = frames_and_rate(folder / name)
-            rows[name] = vbench(VideoFile(folder / name, device), fps, raft)
+            rows[name] = vbench(lambda: (frame.to(device) / 255 for frame in
+                                         open_video(folder / name)), fps, raft)
             prompt = re.sub(r"-\d+$", "", Path(name).stem)
             prompts.setdefault(prompt, []).append(rows[name])
-            if prompt == Path(name).stem:
-                tqdm.write(f"{name}: not named PROMPT-INDEX, its name is taken as the prompt")
         except ValueError as error:
             tqdm.write(f"skipped {name}: {error}")
             skipped += 1

@@ -70,8 +70,7 @@ def report_errors(main):
         main()
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
-            error = ("out of memory: take a smaller batch or size, fewer videos, or (training) "
-                     "--accumulate")
+            error = "out of memory: take a smaller batch or size, fewer videos, or --accumulate"
         elif isinstance(error, RuntimeError):
             raise
         elif getattr(error, "filename", None):
@@ -105,14 +104,6 @@ def write_file(path, save):
 def write_text(path, text):
     data = text.encode(errors="surrogateescape")            # captions may name files of any bytes
     write_file(path, lambda temporary: temporary.write_bytes(data))
-
-def read_lines(path):
-    """The prompts of a text file, one a line. ValueError where there are none."""
-    text = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")
-    prompts = [line.strip() for line in text.split("\n") if line.strip()]
-    if not prompts:
-        raise ValueError(f"{path}: no prompt in it")
-    return prompts
 
 def truncate(prompt, max_bytes):
     """A prompt's first bytes, max_bytes at most (None: all), up to the end of a character."""
@@ -160,12 +151,10 @@ def ffmpeg():
         path = imageio_ffmpeg.get_ffmpeg_exe()
         subprocess.run([path, "-version"], check=True, capture_output=True)
         return path
-    raise ValueError("no ffmpeg to read and write videos with: pip install imageio-ffmpeg, or let "
-                     "IMAGEIO_FFMPEG_EXE name the program")
+    raise ValueError("no ffmpeg: pip install imageio-ffmpeg, or let IMAGEIO_FFMPEG_EXE name one")
 
 def video_header(path):
-    """What a video file says of itself: "fps", "duration" in s, "pix_fmt", ... ValueError: it is
-    not a video that ffmpeg reads."""
+    """What a video says of itself: "fps", "duration" in s, "pix_fmt". ValueError: not a video."""
     ffmpeg()
     if not os.access(path, os.R_OK):
         raise ValueError("permission denied" if os.path.exists(path) else "no such file")
@@ -198,8 +187,7 @@ def open_video(path, filters="", before=(), after=("-fps_mode", "passthrough")):
             yield (torch.frombuffer(bytearray(data), dtype=torch.uint8).view(height, width, 3)
                    .permute(2, 0, 1))
     except Exception:                           # whatever the decoder says of a broken file
-        raise ValueError("cannot be decoded" + ": HDR, and this ffmpeg has no zscale" * hdr) \
-            from None
+        raise ValueError("cannot be decoded" + ": HDR, ffmpeg has no zscale" * hdr) from None
 
 def frames_and_rate(path):
     """How many frames a video file's picture has, and how many a second on average, by decoding it:
@@ -262,8 +250,7 @@ def device_of(name):
         number.cpu()                            # fails for "meta"
         return number.device
     except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
-        raise ValueError(f"--device {name}: no such device, take cpu or cuda ({one_line(error)})"
-                         ) from None
+        raise ValueError(f"--device {name}: take cpu or cuda ({one_line(error)})") from None
 
 # {instruction set: whether this CPU has it}; empty in torch 2.11, which does not tell
 CPU_HAS = getattr(torch.cpu, "get_capabilities", dict)()

@@ -56,8 +56,7 @@ def read_metadata(path):
                 if not isinstance(row, dict):
                     raise ValueError("must be an object, {...}")
                 if None in row:
-                    raise ValueError('more fields than in the first line: "quote" captions with '
-                                     'commas')
+                    raise ValueError('too many commas: write captions in "quotes"')
                 rows.append({str(name).strip(): value for name, value in row.items()})
     except (csv.Error, ValueError) as error:
         raise ValueError(f"{path}: row {len(rows) + 1}: {getattr(error, 'msg', error)}") from None
@@ -70,8 +69,7 @@ def read_metadata(path):
     return [(str(row.get("file_name") or "").strip(), row.get(column)) for row in rows]
 
 def video_files(folder):
-    """Names of the video files in a folder and in its folders, linked ones too, but not in hidden
-    and system ones."""
+    """Names of the video files in a folder and in its folders, but for hidden and system ones."""
     def shown(name):
         return not name.startswith(".") and name.lower() not in SYSTEM_FOLDERS
 
@@ -102,8 +100,8 @@ def find_videos(folder):
         names, captions = ([line.rstrip("\r\n") for line in open_text(folder / name)]
                            for name in ("videos.txt", texts[0]))
         if len(names) != len(captions):
-            raise ValueError(f"{folder}: videos.txt has {len(names)} lines, {texts[0]} has "
-                             f"{len(captions)}: one caption a video")
+            raise ValueError(f"{folder}: {len(names)} lines in videos.txt, {len(captions)} in "
+                             f"{texts[0]}: one caption a video")
         layout, found = f"videos.txt and {texts[0]}", zip(names, captions)
     else:
         layout, found = "a .txt beside each video", []
@@ -111,8 +109,7 @@ def find_videos(folder):
             text = (folder / name).with_suffix(".txt")
             found.append((name, open_text(text).read() if text.is_file() else None))
         if not found:
-            raise ValueError(f"{folder}: no videos in it, nor metadata.csv, metadata.jsonl, or "
-                             "prompts.txt with videos.txt")
+            raise ValueError(f"{folder}: no videos in it, nor metadata.csv, .jsonl or videos.txt")
         if texts and not any(caption for _, caption in found):
             raise ValueError(f"{folder}: has {texts[0]}, but no videos.txt with a file name a line")
     return layout, [(name and os.path.normpath(name), caption) for name, caption in found]
@@ -148,8 +145,8 @@ def examine(path, caption, preset, known):
     seconds = video_seconds(path)
     frames = int(seconds * preset.fps + .1)
     if frames < preset.frames:
-        raise ValueError(f"too short: {seconds:.1f} s, a clip takes {preset.frames} frames, "
-                         f"{preset.fps} a second: {preset.frames / preset.fps:.1f} s")
+        raise ValueError(f"too short: {seconds:.1f} s, a clip takes "
+                         f"{preset.frames / preset.fps:.1f} s")
     return {**entry, "frames": frames}
 
 def decode(path, first, frames, fps, size, before=()):
@@ -172,8 +169,7 @@ def read_clip(path, start, frames, fps, size):
     if len(clip) < frames and start:
         clip = decode(path, start, frames, fps, size)
     if len(clip) < frames:
-        raise ValueError(f"{len(clip)} of {frames} frames can be decoded from {start / fps:.1f} s "
-                         "on: damaged or cut off?")
+        raise ValueError(f"{len(clip)} of {frames} frames can be decoded from {start / fps:.1f} s")
     return torch.stack(clip)
 
 def print_skipped(reasons):
@@ -307,8 +303,7 @@ class Folder:
         return video["caption"] if video and video["stamp"][0] == size else None
 
     def clip(self, key):
-        """A clip's frames (T, 3, size, size) uint8; its motion, or None; its caption. ValueError:
-        it cannot be decoded."""
+        """Frames (T, 3, size, size) uint8; motion or None; caption. ValueError: not decoded."""
         (name, start, _), T = key, self.preset.frames
         video, motion, caption = None, None, self.videos[name]["caption"]
         if name in self.prepared and start + T <= self.prepared[name].shape[1]:
@@ -372,8 +367,7 @@ class Latents:
         try:
             return np.load(path, mmap_mode="r")
         except (OSError, ValueError, EOFError):
-            raise ValueError(f"{path}: damaged or gone: delete {shard}.json beside it and run "
-                             f"--stage encode again") from None
+            raise ValueError(f"{path}: damaged, delete {shard}.json, run --stage encode") from None
 
     def batch(self, indices, max_bytes):
         """x1, d1 (n, C, T', H', W') and tokens (n, L) of some clips."""

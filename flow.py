@@ -242,8 +242,7 @@ def estimate_flow(raft, video, iters=12):
     On raft's device, in bf16 where that is fast. One feature pass per frame; frames are processed
     in pieces. ValueError: another shape or dtype, a single frame, NaN or infinite pixels."""
     if video.dim() != 5 or video.shape[2] != 3 or not video.is_floating_point():
-        raise ValueError(f"a video is (B, T, 3, H, W) in [0, 1], this one is "
-                         f"{tuple(video.shape)}, {str(video.dtype)[6:]}")
+        raise ValueError(f"video: float (B, T, 3, H, W), not {tuple(video.shape)} {video.dtype}")
     video = video.to(next(raft.parameters()).device, torch.float32)
     B, T, _, H, W = video.shape
     if T < 2:
@@ -271,8 +270,7 @@ def estimate_flow(raft, video, iters=12):
 
 def stream_flow(raft, frames, chunk=16):
     """Frames (3, H, W) in [0, 1], one by one -> (frame, the next one, flow (2, H, W) between them),
-    one by one: a video may have any length, because `chunk` frames, of large ones fewer, are in
-    memory at once."""
+    one by one. Only `chunk` frames, of large ones fewer, are in memory at once."""
     piece = []
     for frame in itertools.chain(frames, [None]):
         if frame is not None:

@@ -1,8 +1,7 @@
 """What is measured of a video: tracking and fitting of sprites, VBench's formulas, statistics.
 
 A sprite is tracked by its chroma, which a grey background does not have; its shape is the nearest
-template's, and its path is fitted by the motion that the prompt names: least squares over the
-scene's own physics.
+template's; the motion that the prompt names is fitted to its path, by the scene's own physics.
 """
 import itertools
 import math
@@ -149,8 +148,7 @@ def fit_motion(kind, phrase, path, size, radius=.145):
 # ---------------------------------------------------------------- scores of sprite clips
 
 def held_out_clips(n, frames, size, start=HELD_OUT + 10_000, **options):
-    """The first n held-out clips of one sprite, from a seed on: video, flow, captions, scenes.
-    options: `sprite_clip`'s."""
+    """n held-out clips of one sprite, from a seed on: `sprite_clips` with its options."""
     alone = (seed for seed in itertools.count(start)
              if len(sprite_scene(seed, frames, 0)["sprites"]) == 1)
     return sprite_clips(list(itertools.islice(alone, n)), frames, size, clutter=0, **options)
@@ -177,8 +175,7 @@ def score_clips(video, scenes):
     return [mean_row(rows[i::len(scenes)]) for i in range(len(scenes))]
 
 def static_share(video):
-    """The share of the variance of clips' pixels (N, T, 3, H, W) that stands still: the variance of
-    their means over time."""
+    """The share of the variance of pixels (N, T, 3, H, W) that their means over time have."""
     return (video.mean(1).var(correction=0) / video.var(correction=0)).item()
 
 def mean_row(rows):
@@ -228,13 +225,12 @@ def warp(image, flow):
     return F.grid_sample(image, at, padding_mode="border", align_corners=True)
 
 def vbench(video, fps, raft):
-    """VBench's motion metrics, by its formulas, of a video: frames (3, H, W) in [0, 1] that can be
-    gone through several times, a tensor for example.
+    """VBench's motion metrics, by its formulas; video() gives the frames, (3, H, W) in [0, 1].
     dynamic: dynamic_degree, by RAFT-small; flicker: temporal_flickering; smooth: motion_smoothness,
     but odd frames are interpolated by RAFT's flow, not by AMT, so only its order compares with
     VBench's. None where a video is too short."""
     def every(n, start=0):
-        return itertools.islice(video, start, None, n)
+        return itertools.islice(video(), start, None, n)
 
     def is_fast(frame, flow):
         size = flow.norm(dim=0).flatten()
@@ -246,7 +242,7 @@ def vbench(video, fps, raft):
         middle = (warp(first[None], -ahead[None] / 2) + warp(second[None], -back[None] / 2)) / 2
         return 1 - (odd - middle[0]).abs().mean().item()
 
-    flicker = [1 - (b - a).abs().mean().item() for a, b in itertools.pairwise(video)]
+    flicker = [1 - (b - a).abs().mean().item() for a, b in itertools.pairwise(video())]
     fast = [is_fast(a, flow) for a, _, flow in stream_flow(raft, every(max(1, round(fps / 8))))]
     smooth = [smoothness(*three, odd) for three, odd in zip(stream_flow(raft, every(2)),
                                                             every(2, 1))]

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from common import (Parser, device_of, file_stem, grid, positive_int, read_json, read_lines,
-                    report_errors, seed, truncate, write_video)
+from common import (Parser, device_of, file_stem, grid, positive_int, read_json, report_errors,
+                    seed, truncate, write_video)
 from data import Sprites
 from synthetic import sprite_scene
 from videojam import GUIDANCE, WITHOUT_MOTION, VideoJAM, weights_path
@@ -46,7 +46,10 @@ def parse():
     return parser.parse_args()
 
 def read_prompts(args):
-    prompts = args.prompt + (read_lines(args.prompts) if args.prompts else [])
+    prompts = args.prompt.copy()
+    if args.prompts:
+        text = Path(args.prompts).read_text(encoding="utf-8-sig", errors="surrogateescape")
+        prompts += [line.strip() for line in text.split("\n") if line.strip()]
     if not prompts or not all(map(str.strip, prompts)):
         raise ValueError('no prompt, or a blank one: try "a red square moves left"')
     for prompt in args.prompt:

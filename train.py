@@ -57,7 +57,8 @@ from flow import RAFT, estimate_flow, flow_to_rgb, upsample
 from synthetic import HELD_OUT, TARGETS, flow_scenes, sprite_clips, training_pairs
 from videojam import (PAD, PRESETS, TAE, DiT, Noise, VideoJAM, flow_matching_loss, initialize,
                       joint_loss, new_entries, read_model_file, sample_noise,
-                      set_activation_checkpointing, tae_loss, token_row, tokenize)
+                      set_activation_checkpointing, tae_loss, token_row, tokenize,
+                      write_model_file)
 
 STAGES = ("tae", "encode", "base", "jam", "control")
 # preset -> stage -> (steps, learning rate, batch over all GPUs); the control has jam's. encode:
@@ -100,8 +101,7 @@ def load_checkpoint(state, path, alone=False):
         cause = next((cause for cause, _ in getattr(error, "failures", {}).values()), error)
         if isinstance(cause, KeyboardInterrupt):
             raise cause from None
-        raise ValueError(f"{path}: cannot be read ({one_line(repr(cause))}): delete it to go on "
-                         "from the checkpoint before") from None
+        raise ValueError(f"{path}: cannot be read, delete it ({one_line(repr(cause))})") from None
 
 def refuse_changes(path, before, settings):
     """ValueError where something was begun with other settings than these."""
@@ -185,8 +185,8 @@ class Run:
         # raft's batches of large frames have an eighth of the pairs
         unit = 8 * parts if stage == "raft" and parts > 1 else parts
         if stage != "encode" and steps > status.get("step", 0) and batch % unit:
-            raise ValueError(f"{stage}: a batch of {batch} does not divide into {world_size()} "
-                             f"processes x {args.accumulate} parts: take a multiple of {unit}")
+            raise ValueError(f"{stage}: the batch, {batch}, is no multiple of {unit} (processes x "
+                             "--accumulate" + " x 8" * (unit > parts) + ")")
         return steps, lr, batch
 
     def write_tae(self, tae, origin):
@@ -274,10 +274,8 @@ class Run:
             if {"jam", "control"} <= dits.keys() and jam != control:
                 print0(f"control is left out of model.pt: it has {control}, jam {jam}")
                 del dits["control"]
-            which = next(iter(dits))
-            VideoJAM(self.preset, self.tae(), dits.pop(which), which).save(
-                self.out / "model.pt", **dits)
-            print0(f"python sample.py --run {self.out} --which {which} "
+            write_model_file(self.out / "model.pt", self.preset, self.tae(), dits)
+            print0(f"python sample.py --run {self.out} --which {next(iter(dits))} "
                    + shlex.quote(self.dataset.example))
         barrier()
 
@@ -402,9 +400,8 @@ class Trainer:
                 "optimizer": dcp_state.get_optimizer_state_dict(self.model, self.optimizers)}
 
     def update(self, data):
-        """One step: gradients in --accumulate parts, clipped to norm 1; optimizers; EMA. Returns
-        what the losses report. A step that is not finite is skipped and returns nothing;
-        MAX_BAD_STEPS in a row are a ValueError."""
+        """One step: gradients in --accumulate parts, clipped; optimizers; EMA. Returns what the
+        losses report; if it is not finite, it is skipped. ValueError: MAX_BAD_STEPS in a row."""
         self.rate = self.lr * min(
             1, (self.step + 1) / min(WARMUP_STEPS, self.steps / 10 + 1),        # at first it rises
             (self.steps - self.step) / (self.stage.decay * self.steps))         # and at last falls
@@ -438,10 +435,9 @@ def train_loop(run, stage):
     first, steps, batch = trainer.step, trainer.steps, trainer.batch
     if first >= steps:
         return print0(f"{name}: {first} steps are done already")
-    print0(f"{name}: {steps} steps, lr {trainer.lr:g}, batch {batch} on {world_size()} x "
-           f"{run.device}, {str(args.precision)[6:]}, "
-           f"{sum(p.numel() for p in trainer.weights.values()) / 1e6:.2f} M parameters, "
-           f"{stage.settings or ''}")
+    size = sum(weight.numel() for weight in trainer.weights.values()) / 1e6
+    print0(f"{name}: {steps} steps, lr {trainer.lr:g}, batch {batch} on {world_size()} {run.device}"
+           f", {str(args.precision)[6:]}, {size:.2f} M parameters, {stage.settings or ''}")
     places = range(rank() * batch // world_size(), (rank() + 1) * batch // world_size())
     ahead = Prefetcher(lambda step: stage.load(step, places), range(first, steps), args.workers)
     log_every, preview_every = max(1, min(50, steps // 10)), max(1, steps // 5)
@@ -468,9 +464,6 @@ def train_loop(run, stage):
                 show_preview(run, stage, step)
             if stopping:
                 raise ValueError(f"stopped at step {step} of {name}: the same command goes on")
-    seconds = time.time() - began
-    print0(f"{name}: {seconds:.0f} s, {(steps - first) * batch / seconds:.1f} clips a second; "
-           f"waited for data {ahead.waited / seconds:.1%} of the time")
 
 # ---------------------------------------------------------------- stage tae (App. C)
 
@@ -602,8 +595,7 @@ def encode(run):
     barrier()
     latents = Latents(folder, dataset)
     print_skipped(latents.skipped)
-    print0(f"encode: {len(latents.captions)} of {sum(map(len, shards))} clips are there; waited "
-           f"{prefetcher.waited:.0f} s for video")
+    print0(f"encode: {len(latents.captions)} of {sum(map(len, shards))} clips are there")
     if not latents.captions:
         raise ValueError(f"{folder}: no clip could be encoded")
 
@@ -701,7 +693,7 @@ class DiTStage:
         run = self.run
         dtype = torch.bfloat16 if run.device.type == "cuda" else torch.float32
         dit = run.load_dit(checkpoint, self.name, dtype).to(run.device)
-        model = VideoJAM(run.preset, run.tae(), dit, self.name)
+        model = VideoJAM(run.preset, run.tae(), dit)
         each = 1 if run.args.activation_checkpointing else 8    # large clips one by one
         captions = run.dataset.held_out(self.shown)[1]
         shown = model.generate(captions, steps=30, batch=each)
@@ -780,10 +772,6 @@ def activation_bytes(preset, checkpointing=False):
     channels = T * H * W // preset.dit.patch ** 2 * preset.dit.width
     return channels * (2 * preset.dit.depth + 220 if checkpointing else 220 * preset.dit.depth)
 
-def needs_checkpointing(preset):
-    """Whether a preset's activations are too many to keep: 4b's are 88 GB a clip."""
-    return activation_bytes(preset) > 2e10
-
 def step_flops(preset):
     """{stage: FLOPs of a clip in a step of it}: backwards is twice forwards; stages tae and encode
     see video and motion. On the meta device nothing is computed."""
@@ -820,27 +808,21 @@ def print_expected_time(run):
 def dry_run(args):
     """Prints what stage jam of the preset would take."""
     preset, gpus, checkpointing = PRESETS[args.preset], args.gpus, args.activation_checkpointing
-    tokens = math.prod(preset.latent_shape()[1:]) // preset.dit.patch ** 2
     with torch.device("meta"):
-        dit = DiT(preset.dit).add_motion()
-    forward, P = step_flops(preset)["jam"] / 3, sum(p.numel() for p in dit.parameters())
-    # Muon keeps one moment of a weight, AdamW two
-    moments = P + sum(p.numel() for p in make_optimizers(dit, 0.)[0].param_groups[0]["params"])
+        P = sum(weight.numel() for weight in DiT(preset.dit).add_motion().parameters())
     steps, _, batch = DEFAULTS[args.preset]["jam"]
     steps, batch = args.steps or steps, args.batch or batch
-    clips, passes = max(1, batch // gpus // args.accumulate), 4 if checkpointing else 3
-    hours = steps * batch * passes * forward / (args.tflops * 1e12 * 3600)
-    memory = [12e-9 * P / gpus, 4e-9 * moments / gpus,
-              1e-9 * clips * activation_bytes(preset, checkpointing)]
+    clips = max(1, batch // gpus // args.accumulate)
+    flops = step_flops(preset)["jam"] * (4 / 3 if checkpointing else 1)     # forwards once more
     print(f"{args.preset} on {gpus} GPUs of {args.tflops:g} TFLOP/s: {steps} steps of jam, {batch} "
           f"clips each, activation checkpointing {'on' if checkpointing else 'off'}")
     for name, value in {
-            "parameters of the DiT, billions": P / 1e9, "tokens a clip": tokens,
-            "TFLOPs a clip, forwards": forward / 1e12,
-            "GB a GPU: weights, gradients and EMA, fp32": memory[0],
-            "GB a GPU: moments of Muon and AdamW, fp32": memory[1],
-            f"GB a GPU: activations of {clips} clips": memory[2], "GB a GPU: in all": sum(memory),
-            "hours": hours / gpus, "hours of all GPUs together": hours}.items():
+            "parameters of the DiT, billions": P / 1e9, "TFLOPs a clip": flops / 1e12,
+            # fp32, 4 bytes each; of the few weights that are AdamW's there is a second moment
+            "GB a GPU: weights, gradients, EMA, Muon's moment": 16e-9 * P / gpus,
+            f"GB a GPU: activations of {clips} clips":
+                1e-9 * clips * activation_bytes(preset, checkpointing),
+            "hours": steps * batch * flops / (args.tflops * 1e12 * 3600 * gpus)}.items():
         print(f"  {name:<50}{value:,.3f}")
     print("not counted: waiting, layers while they are gathered, the framework's own GB or two")
 
@@ -861,10 +843,8 @@ def parse():
     flag("--accumulate", type=positive_int, default=1, help="parts in which a batch is computed")
     flag("--clutter", type=fraction, default=0., help="sprite world: share of textured backgrounds "
          "and of scenes with several sprites (default 0; the shipped weights': 0.2)")
-    flag("--appearance", type=fraction, default=0., help="sprite world: how loud a grey field is "
-         "that stands still behind the sprites (default 0)")
-    flag("--target", default="flow", choices=TARGETS, help="sprite world: what d shows (default "
-         "flow; the others are controls)")
+    flag("--appearance", type=fraction, default=0., help="sprite world: loudness of a still field")
+    flag("--target", default="flow", choices=TARGETS, help="sprite world: what d shows")
     flag("--uniform-t", action=switch, help="t: uniform (the toy's default) or logit-normal")
     flag("--t-shift", type=positive, help="above 1: more t near noise (default: the toy 3, else 1)")
     flag("--motion-dropout", type=fraction, default=.2, help="jam: share of samples without motion")
@@ -895,7 +875,7 @@ def parse():
     defaults = {"uniform_t": toy, "t_shift": 3. if toy else 1., "compile": can_compile(args.device),
                 "prepare": 2_400 if args.device.type == "cpu" else 20_000,
                 "out": f"runs/{'raft' if raft else Path(args.data or args.preset).name}",
-                "activation_checkpointing": needs_checkpointing(PRESETS[args.preset])}
+                "activation_checkpointing": activation_bytes(PRESETS[args.preset]) > 2e10}
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)

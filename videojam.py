@@ -67,8 +67,7 @@ def sample_noise(shape, generator=None, uniform=False, shift=1., text_dropout=.3
 
     t is logit-normal(0, 1) as in Movie Gen, or uniform; a shift above 1 moves it towards 0, noise,
     as Stable Diffusion 3 does. t_range: its interval, for a model of a part of the noise levels
-    (Wan 2.2's experts). Sec. 4.3 drops the text in 30% and the motion in 20% of the training steps;
-    here per sample, independently."""
+    (Wan 2.2's). Sec. 4.3 drops text in 30% and motion in 20% of the steps; here of the samples."""
     low, high = t_range
     x0 = torch.randn(shape, generator=generator)
     t = torch.rand(shape[:1], generator=generator) if uniform else \
@@ -255,8 +254,7 @@ class DiT(nn.Module):
             initialize(self.modules())
 
     def add_motion(self):
-        """Sec. 4.2: zero rows in W_in for d: u^x stays the same. (W_out's new columns, which the
-        paper leaves open, are zero too.)"""
+        """Sec. 4.2: zero rows in W_in for d: u^x stays the same. (W_out, left open, gets zeros.)"""
         if self.config.motion:
             raise ValueError("this DiT has its motion rows already")
         self.W_in = widen_input(self.W_in, self.config.channels, channel_last=True)
@@ -350,8 +348,7 @@ def widen_input(layer, C, channel_last, others=0, at=None):
 
 def widen_output(layer, C, channel_last):
     """W_out -> W_out^+: a layer that gives [u^x, u^d] in place of u^x, and u^d = 0 at first.
-    layer: a Linear or Conv whose outputs are patches, laid out as in `widen_input`. ValueError for
-    other layers."""
+    layer: a Linear or Conv whose outputs are patches; the rest as `widen_input`."""
     if type(layer) is nn.Linear and layer.out_features % C == 0:
         return widen_layer(layer, "out_features", 0, C, channel_last)
     if type(layer) in CONVS and layer.out_channels % C == 0 and layer.groups == 1:
@@ -623,8 +620,7 @@ def token_row(prompt, max_bytes):
 
 def tokenize(prompts, max_bytes=None):
     """List of str -> LongTensor (B, L): UTF-8 bytes + 1, max_bytes at most, then EOS, PAD. PAD also
-    follows each space: words begin at multiples of FOLD and fold alike wherever they stand, so the
-    toy learns them sooner. ValueError: a str."""
+    follows each space: words begin at multiples of FOLD, so the toy learns them sooner."""
     if isinstance(prompts, str):
         raise ValueError(f"prompts must be a list of str, got {prompts!r}")
     rows = [token_row(prompt, max_bytes) for prompt in prompts]
@@ -726,18 +722,17 @@ def read_model_file(path):
         raise ValueError(f"{path}: does not fit this version: {one_line(error)}") from None
     return config, tae, dits
 
-class VideoJAM:
-    """A TAE, a DiT and their Preset (.config). `which` names the DiT: "jam", "base", "control"."""
-    def __init__(self, config, tae, dit, which="jam"):
-        self.config, self.tae, self.dit, self.which = config, tae.eval(), dit.eval(), which
+def write_model_file(path, config, tae, dits):
+    """Writes a Preset, a TAE and {"jam", "base" or "control": DiT}, in half precision."""
+    def half(module):
+        return {k: v.detach().half().cpu().contiguous() for k, v in module.state_dict().items()}
+    write_tensors(path, {"kind": "videojam", "config": dataclasses.asdict(config), "tae": half(tae),
+                         "dits": {name: half(dit) for name, dit in dits.items()}})
 
-    def save(self, path, **others):
-        """Writes one file: config, TAE, this DiT and the `others` (name=DiT), in half precision."""
-        def half(module):
-            return {k: v.detach().half().cpu().contiguous() for k, v in module.state_dict().items()}
-        dits = {name: half(dit) for name, dit in {self.which: self.dit, **others}.items()}
-        write_tensors(path, {"kind": "videojam", "config": dataclasses.asdict(self.config),
-                             "tae": half(self.tae), "dits": dits})
+class VideoJAM:
+    """A TAE, a DiT and their Preset (.config)."""
+    def __init__(self, config, tae, dit):
+        self.config, self.tae, self.dit = config, tae.eval(), dit.eval()
 
     @classmethod
     def load(cls, path=ROOT / "weights/toy.pt", which="jam", device="cpu"):
@@ -745,15 +740,14 @@ class VideoJAM:
         config, tae, dits = read_model_file(path)
         if which not in dits:
             raise ValueError(f"{path}: has no {which!r} model, only {', '.join(dits)}")
-        return cls(config, tae.to(device).float(), dits[which].to(device).float(), which)
+        return cls(config, tae.to(device).float(), dits[which].to(device).float())
 
     @torch.no_grad()
     def generate(self, prompts, steps=100, w1=5., w2=3., seed=0, mode=None, emulated=1000, batch=16,
                  motion_steps=None, progress=None):
         """List of prompts -> video, RGB motion (None without motion): (B, T, 3, H, W) in [0, 1].
-        mode: a key of GUIDANCE; default "inner", without motion "cfg". Sample i starts from the
-        noise of seed + i, the same for every model. ValueError: no prompts, steps or a mode that
-        cannot be, a video that is not finite."""
+        mode: a key of GUIDANCE; default "inner", without motion "cfg". Sample i has the noise of
+        seed + i, whatever the model. ValueError: no prompts, wrong steps or mode, NaN pixels."""
         if not prompts:
             raise ValueError("no prompt: give at least one")
         device, motion = next(self.dit.parameters()).device, self.dit.config.motion

@@ -20,7 +20,8 @@ import flow                                                                     
 import train                                                                        # noqa: E402
 from common import ffmpeg, report_errors                                            # noqa: E402
 from flow import RAFT                                                               # noqa: E402
-from videojam import TAE, DiT, DiTConfig, Preset, TAEConfig, VideoJAM               # noqa: E402
+from videojam import (TAE, DiT, DiTConfig, Preset, TAEConfig,                       # noqa: E402
+                      write_model_file)
 
 def pytest_configure(config):
     """The suite is about the CPU's numbers, to the bit; a GPU's are endurance.py's."""
@@ -52,8 +53,8 @@ def tiny_dit(motion=True, seed=0):
 def model_folder(tmp_path_factory):
     """A run folder whose model.pt holds all three models of the tiny preset, untrained."""
     folder = tmp_path_factory.mktemp("run")
-    jam = VideoJAM(TINY, randomised(TAE(TINY.tae)), tiny_dit())
-    jam.save(folder / "model.pt", base=tiny_dit(False, 1), control=tiny_dit(False, 2))
+    write_model_file(folder / "model.pt", TINY, randomised(TAE(TINY.tae)), {
+        "jam": tiny_dit(), "base": tiny_dit(False, 1), "control": tiny_dit(False, 2)})
     return folder
 
 @pytest.fixture

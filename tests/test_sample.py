@@ -10,7 +10,7 @@ from conftest import TINY, tiny_dit
 
 import sample
 from common import grid
-from videojam import TAE, VideoJAM
+from videojam import TAE, VideoJAM, write_model_file
 
 PROMPT = "a red square"
 
@@ -143,7 +143,7 @@ def test_shipped_weights_are_the_default(run):
       for flag in ("--steps", "--emulated", "--n", "--upscale")),
     ((PROMPT, "--steps", 1001), "1000"), ((PROMPT, "--seed", 2 ** 64), "--seed: must"),
     ((PROMPT, "--w1", "nan"), "not finite"), ((PROMPT, "--upscale", 10 ** 9), "out of memory"),
-    ((PROMPT, "--device", "bad"), "--device bad: no such device"),
+    ((PROMPT, "--device", "bad"), "--device bad: take cpu or cuda ("),
     ((PROMPT, "--guidance", "more"), "--guidance: invalid choice: 'more'"),
     ((PROMPT, "--out", "a.avi"), "--out a.avi: name a .mp4 or .gif file, or a folder"),
     ((PROMPT, " "), "no prompt, or a blank one"),
@@ -158,7 +158,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(refuses, model_folder, arg
     Path("empty.txt").write_text("\n \n")
     Path("latin.txt").write_bytes("é".encode("latin-1"))
     Path("folder.mp4").mkdir(), Path("jam").mkdir()
-    VideoJAM(TINY, TAE(TINY.tae), tiny_dit()).save("jam/model.pt")
+    write_model_file("jam/model.pt", TINY, TAE(TINY.tae), {"jam": tiny_dit()})
     defaults = "--run", model_folder, "--out", "a.mp4", "--steps", 1
     assert complaint in refuses(sample.main, *defaults, *argv)
     assert sorted(os.listdir()) == ["empty.txt", "folder.mp4", "jam", "latin.txt"]
