@@ -310,7 +310,7 @@ def premise_section(args, runs):
             for key in keys}
         label = "VideoJAM minus control, by % of the variance that stands still"
         curves.append((label, lines, scale))
-    for dose, _ in min(still), max(still):
+    for dose, _ in sorted({min(still), max(still)}):
         label, *lines = runs[dose, "flow"][0]["fig3"]
         curves.append((f"appearance {dose:g}: {label}", *lines))
     shares = ", ".join(f"{share:.0f}%" for share in still.values())
@@ -353,23 +353,25 @@ def svg(label, curves, scale, width=640, height=320):
     """Lines with their bands: {name: (x, [(mean, low, high)])} -> an inline SVG; y times scale."""
     colours = dict(zip(curves, ("#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd")))
     xs = [x for x, _ in curves.values() for x in x]
-    ys = [v for _, ys in curves.values() for y in ys for v in y]
-    x0, x1, y0, y1 = min(xs), max(xs), min(0, *ys), max(ys)
+    ys = [0, *(v for _, ys in curves.values() for y in ys for v in y)]
+    x0, x1, y0, y1 = min(xs), max(xs), min(ys), max(ys)
 
     def at(x, y):
         return (f"{50 + (x - x0) / (x1 - x0 or 1) * (width - 60):.1f},"
                 f"{height - 40 - (y - y0) / (y1 - y0 or 1) * (height - 60):.1f}")
 
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-             f'width="{width}" font-size="12" font-family="sans-serif">']
+             f'width="{width}" font-size="12" font-family="sans-serif">'
+             f'<path d="M{at(x0, 0)} L{at(x1, 0)}" stroke="#bbb"/>']
     for row, (name, (x, y)) in enumerate(curves.items()):
         band = [at(a, high) for a, (_, _, high) in zip(x, y)]
         band += [at(a, low) for a, (_, low, _) in zip(x, y)][::-1]
         line = [at(a, mean) for a, (mean, _, _) in zip(x, y)]
-        parts += [f'<polygon points="{" ".join(band)}" fill="{colours[name]}" opacity=".2"/>',
+        parts += [f'<polygon points="{" ".join(band)}" fill="{colours[name]}" opacity=".2" '
+                  f'stroke="{colours[name]}" stroke-width="3"/>',       # so that one point shows
                   f'<polyline points="{" ".join(line)}" fill="none" stroke="{colours[name]}"/>',
                   f'<text x="60" y="{20 + 15 * row}" fill="{colours[name]}">{name}</text>']
-    for value in (y0, y1):
+    for value in {y0, 0, y1}:
         parts.append(f'<text x="2" y="{at(x0, value).split(",")[1]}">{scale * value:.3g}</text>')
     for value in (x0, x1):
         parts.append(f'<text x="{at(value, y0).split(",")[0]}" y="{height - 22}" '

@@ -24,7 +24,7 @@ import data
 import train
 from common import autocast
 from flow import RAFT, estimate_flow, flow_to_rgb
-from synthetic import HELD_OUT, sprite_clips
+from synthetic import sprite_clips
 from videojam import (GUIDANCE, PRESETS, TAE, DiT, flow_matching_loss, guided_velocity, joint_loss,
                       tokenize)
 
@@ -261,18 +261,3 @@ def test_on_a_gpu_the_paper_s_sizes_go_from_nothing_to_a_video(tmp_path):
     subprocess.run([sys.executable, ROOT / "sample.py", "--run", out, "a red square moves left",
                     "--steps", "4", "--out", tmp_path / "video.mp4"], check=True)
     assert iio.imread(tmp_path / "video.mp4").shape[0] == 128
-
-# ---------------------------------------------------------------- RAFT's errors
-
-def test_shipped_raft_on_200_held_out_clips_of_sprites():
-    """Three pairs of each, at 64 px. Most pixels are of a background that stands still."""
-    raft, errors = RAFT.load(), []
-    for start in range(0, 200, 20):
-        video, truth, _, _ = sprite_clips(range(HELD_OUT + start, HELD_OUT + start + 20))
-        error = (estimate_flow(raft, video[:, 6:10])[:, :3] - truth[:, 6:9]).norm(dim=2)
-        errors.append(torch.stack([error, (truth[:, 6:9].norm(dim=2) > .05).float()]))
-    error, moves = torch.cat(errors, 1).flatten(1)
-    print(f"\nend-point error on sprites, px: median of all pixels {error.median():.3f}, mean "
-          f"{error.mean():.3f}; median of the {moves.mean():.0%} that move "
-          f"{error[moves > 0].median():.3f}")
-    assert error.median() < .1 and error[moves > 0].median() < .5   # (2.2 px for a flow of zero)

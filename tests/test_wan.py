@@ -9,7 +9,7 @@ import sys
 import imageio.v3 as iio
 import pytest
 import torch
-from conftest import ROOT, logged
+from conftest import ROOT, checkpoints, logged
 from torch.testing import assert_close
 
 diffusers = pytest.importorskip("diffusers", reason="pip install diffusers transformers accelerate "
@@ -169,40 +169,46 @@ def test_tiny_trains_and_samples(trained, run, tmp_path):
     assert_close(*(torch.from_numpy(iio.imread(tmp_path / f"{i}.mp4")).float() for i in (0, 1)),
                  rtol=0, atol=8)
 
-def test_tiny_killed_and_resumed_ends_the_same(trained, run, tmp_path, monkeypatch):
-    command, calls = ("train", "--tiny", "--steps", 5, "--out", tmp_path), []
+@pytest.mark.parametrize("more", [(), ("--lora", 2)], ids=("whole", "lora"))
+def test_tiny_killed_and_resumed_ends_the_same(run, tmp_path, monkeypatch, more):
+    command, calls = ("train", "--tiny", "--steps", 5, *more, "--out", tmp_path / "killed"), []
     update = wan.train.Trainer.update
     def killed(*args):
         calls.append(args)
         if len(calls) == 4:                     # each step's checkpoint was written
             raise KeyboardInterrupt
         return update(*args)
-    monkeypatch.setattr(wan.train.Trainer, "update", killed)
     monkeypatch.setattr(wan.train.DiTStage, "preview", lambda *_: None)
-    assert run(wan.main, *command)[0] == 130 and not (tmp_path / "transformer").exists()
+    assert run(wan.main, *command[:-1], tmp_path / "whole")[0] == 0
+    monkeypatch.setattr(wan.train.Trainer, "update", killed)
+    assert run(wan.main, *command)[0] == 130 and not (tmp_path / "killed/transformer").exists()
     assert run(wan.main, *command)[0] == 0 and len(calls) == 4 + 2
-    for path in (trained / "transformer").iterdir():
-        assert (tmp_path / "transformer" / path.name).read_bytes() == path.read_bytes()
+    for path in (tmp_path / "whole/transformer").iterdir():
+        assert (tmp_path / "killed/transformer" / path.name).read_bytes() == path.read_bytes()
     code, _, err = run(wan.main, *command, "--lr", 1)
     assert code == 2 and "begun with lr 0.001, not 1.0" in err
 
 def test_tiny_in_two_processes_is_as_in_one(trained, tmp_path):
-    """Sharded. Forked, because torchrun would import diffusers again."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    fork = multiprocessing.get_context("fork").Process
-    both = [fork(target=train_tiny, args=(tmp_path, port, rank), daemon=True) for rank in (0, 1)]
-    for process in both:
-        process.start()
-    for process in both:
-        process.join(100)
-        assert process.exitcode == 0
-    one, two = ([[row[key] for key in ("step", "loss_x", "loss_d")] for row in logged(out, "jam")]
-                for out in (trained, tmp_path))
-    assert len(one) == 5 and torch.tensor(two).allclose(torch.tensor(one), rtol=1e-4)
-    whole, sharded = (diffusers.WanTransformer3DModel.from_pretrained(out / "transformer")
-                      .state_dict() for out in (trained, tmp_path))
-    assert_close(sharded, whole, rtol=0, atol=1e-4)
+    """Sharded, and resumed. Forked, because torchrun would import diffusers again."""
+    for again in range(2):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        fork = multiprocessing.get_context("fork").Process
+        both = [fork(target=train_tiny, args=(tmp_path, port, rank), daemon=True)
+                for rank in (0, 1)]
+        for process in both:
+            process.start()
+        for process in both:
+            process.join(100)
+            assert process.exitcode == 0
+        one, two = ([[row[key] for key in ("step", "loss_x", "loss_d")]
+                     for row in logged(out, "jam")] for out in (trained, tmp_path))
+        assert len(one) == 5 and torch.tensor(two).allclose(torch.tensor(one), rtol=1e-4)
+        assert (tmp_path / "metrics.jsonl").read_text().count('"loss_x"') == 5 + again
+        whole, sharded = (diffusers.WanTransformer3DModel.from_pretrained(out / "transformer")
+                          .state_dict() for out in (trained, tmp_path))
+        assert_close(sharded, whole, rtol=0, atol=1e-4)
+        shutil.rmtree(checkpoints(tmp_path, "jam")[-1])         # the last step again
 
 def test_tiny_with_lora_becomes_plain_weights(run, tmp_path):
     pytest.importorskip("peft")
