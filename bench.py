@@ -113,18 +113,15 @@ def difference(rows, others, key):
 
 def paired_table(results, against):
     """Every model minus one, over the same prompts and noise."""
-    table = []
-    for name in results:
-        if name in (against, "real clips", "through the TAE"):
-            continue
-        row = [f"{name} minus {against}"]
-        for key in PAIRED:
-            *values, p, n = difference(results[name], results[against], key)
-            scale, digits = (1, 2) if key == "error" else (100, 1)
-            row.append("{:+.{k}f} [{:+.{k}f}, {:+.{k}f}], p = {:.4f}, n = {}".format(
-                *(scale * v for v in values), p, n, k=digits))
-        table.append(row)
-    return ["p values are not corrected for their number", *PAIRED.values()], table
+    def gain(name, key):
+        *values, p, n = difference(results[name], results[against], key)
+        scale, digits = (1, 2) if key == "error" else (100, 1)
+        return "{:+.{k}f} [{:+.{k}f}, {:+.{k}f}], p = {:.4f}, n = {}".format(
+            *(scale * v for v in values), p, n, k=digits)
+
+    names = [name for name in results if name not in (against, "real clips", "through the TAE")]
+    return ["p values are not corrected for their number", *PAIRED.values()], [
+        [f"{name} minus {against}", *(gain(name, key) for key in PAIRED)] for name in names]
 
 # ---------------------------------------------------------------- Sec. 3, Fig. 3: motivation
 
@@ -232,29 +229,27 @@ def sdedit(e):
     x1, d1, x0, d0 = e.latents(video, flow)
     shown = [("the clip", video[:8].cpu())]
     exact = held_out_clips(n, e.config.frames, e.config.size)[1].to(e.device)   # whatever d shows
-    truth = F.avg_pool2d(exact.flatten(0, 1), 8)
 
     def row(name, t, edited):
-        seen = in_parts(lambda v: estimate_flow(e.raft, v), edited)
-        coarse = F.avg_pool2d(seen.flatten(0, 1), 8)
-        cosine = F.cosine_similarity(coarse.flatten(1), truth.flatten(1))
+        flows = in_parts(lambda v: estimate_flow(e.raft, v), edited), exact
+        coarse = (F.avg_pool2d(flow.flatten(0, 1), 8).flatten(1) for flow in flows)
+        cosine = F.cosine_similarity(*coarse)
         table.append([name, t, cell(cosine.view(n, -1).mean(1).tolist()),
                       cell((edited - video).abs().flatten(1).mean(1).tolist())])
         shown.append((name, edited[:8].cpu()))
 
     row("the clip itself, by RAFT", "1", video)
     row("through the TAE", "1", e.reconstruct(video).to(e.device))
-    for which in ("base", "jam"):
-        for start in (0, 20, 60, 80) if which in e.models else ():
-            dit, t = e.models[which].dit, times[start].expand(n)
-            x, d = interpolate(x1, x0, t), interpolate(d1, d0, t) if dit.config.motion else None
-            with autocast(e.device):
-                x, _ = euler_sample(dit, x, d, y, times[start:], args.w1, args.w2,
-                                    "cfg" if d is None else "inner",
-                                    motion_steps=max(0, 50 - start),
-                                    progress=f"sdedit, {which} from {start}")
-                edited = in_parts(lambda v: e.tae.decode(v, frames=e.config.frames), x)
-            row(f"{which}, step {start}", f"{times[start]:.3f}", edited)
+    models = sorted({"base", "jam"} & e.models.keys())
+    for which, start in itertools.product(models, (0, 20, 60, 80)):
+        dit, t = e.models[which].dit, times[start].expand(n)
+        x, d = interpolate(x1, x0, t), interpolate(d1, d0, t) if dit.config.motion else None
+        with autocast(e.device):
+            x, _ = euler_sample(dit, x, d, y, times[start:], args.w1, args.w2,
+                                "cfg" if d is None else "inner", motion_steps=max(0, 50 - start),
+                                progress=f"sdedit, {which} from {start}")
+            edited = in_parts(lambda v: e.tae.decode(v, frames=e.config.frames), x)
+        row(f"{which}, step {start}", f"{times[start]:.3f}", edited)
     return {"about": f"n = {n} clips. Coarse motion (8 x 8 px means of RAFT's flow) "
                      "against the clip's own: cosine, 1 is the same. Step 0 is a free sample. "
                      "VideoJAM is given the clip's noised motion too.",
@@ -326,7 +321,7 @@ def premise_section(args, runs):
 
 def metrics(args):
     """VBench's motion metrics of a folder of videos, named PROMPT-INDEX as VBench does."""
-    folder, rows, prompts, skipped = args.folder, {}, {}, 0
+    folder, rows, prompts = args.folder, {}, {}
     device, names = device_of(args.device), video_files(folder)
     raft = RAFT.load().to(device)
     for name in tqdm(names, "metrics", disable=not names):
@@ -338,10 +333,9 @@ def metrics(args):
             prompts.setdefault(prompt, []).append(rows[name])
         except ValueError as error:
             tqdm.write(f"skipped {name}: {error}")
-            skipped += 1
     if not rows:
-        raise ValueError(f"{folder}: no video in it that can be read, {skipped} that cannot")
-    return {"about": f"n = {len(rows)} videos of {len(prompts)} prompts, {skipped} "
+        raise ValueError(f"{folder}: no video in it that can be read, {len(names)} that cannot")
+    return {"about": f"n = {len(rows)} videos of {len(prompts)} prompts, {len(names) - len(rows)} "
                      "skipped. Means of prompts, whose videos are averaged first; 95% intervals "
                      "over prompts. By VBench's formulas; RAFT is ours, and in AMT's place.",
             "tables": [score_table({str(folder): list(map(mean_row, prompts.values()))}, VBENCH)],
@@ -364,11 +358,9 @@ def svg(label, curves, scale, width=640, height=320):
              f'width="{width}" font-size="12" font-family="sans-serif">'
              f'<path d="M{at(x0, 0)} L{at(x1, 0)}" stroke="#bbb"/>']
     for row, (name, (x, y)) in enumerate(curves.items()):
-        band = [at(a, high) for a, (_, _, high) in zip(x, y)]
-        band += [at(a, low) for a, (_, low, _) in zip(x, y)][::-1]
-        line = [at(a, mean) for a, (mean, _, _) in zip(x, y)]
-        parts += [f'<polygon points="{" ".join(band)}" fill="{colours[name]}" opacity=".2" '
-                  f'stroke="{colours[name]}" stroke-width="3"/>',       # so that one point shows
+        line, low, high = ([*map(at, x, values)] for values in zip(*y))
+        parts += [f'<polygon points="{" ".join(high + low[::-1])}" fill="{colours[name]}" '
+                  f'opacity=".2" stroke="{colours[name]}" stroke-width="3"/>',  # so one point shows
                   f'<polyline points="{" ".join(line)}" fill="none" stroke="{colours[name]}"/>',
                   f'<text x="60" y="{20 + 15 * row}" fill="{colours[name]}">{name}</text>']
     for value in {y0, 0, y1}:
@@ -377,11 +369,6 @@ def svg(label, curves, scale, width=640, height=320):
         parts.append(f'<text x="{at(value, y0).split(",")[0]}" y="{height - 22}" '
                      f'text-anchor="middle">{value:.3g}</text>')
     return "".join(parts) + f'<text x="{width / 3}" y="{height - 6}">{label}</text></svg>'
-
-def markdown(table):
-    header, rows = table
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 def report(out, sections, fps):
     """{name: section} -> results.json, report.md, report.html (self-contained), curves as .svg."""
@@ -393,7 +380,8 @@ def report(out, sections, fps):
         page += [f"<h2>{name}</h2><code>{html.escape(section['command'])}</code>"
                  f"<p>{html.escape(section['about'])}"]
         for header, rows in section["tables"]:
-            text.append(markdown((header, rows)))
+            text.append("\n".join("| " + " | ".join(map(str, row)) + " |"
+                                  for row in [header, ["---"] * len(header), *rows]))
             page.append("<table>" + "".join(
                 "<tr>" + "".join(f"<td>{html.escape(str(c))}" for c in row)
                 for row in [header, *rows]) + "</table><br>")
@@ -410,10 +398,9 @@ def report(out, sections, fps):
     data = {name: {k: v for k, v in section.items() if k != "shown"}
             for name, section in sections.items()}
     shell = (ROOT / "assets/report.html").read_text()
-    for name, content in (("report.md", "\n\n".join(text) + "\n"),
-                          ("report.html", shell.replace("CONTENT", "\n".join(page), 1)),
-                          ("results.json", json.dumps(data, default=list))):
-        write_text(out / name, content)
+    write_text(out / "report.md", "\n\n".join(text) + "\n")
+    write_text(out / "report.html", shell.replace("CONTENT", "\n".join(page), 1))
+    write_text(out / "results.json", json.dumps(data, default=list))
     print("\n\n".join(text[last:]) + f"\n\n{out}/report.html\n")
 
 # ---------------------------------------------------------------- command line

@@ -62,8 +62,7 @@ def one_line(error):
     return "No space left on device" if "unexpected pos" in text else text[:200]
 
 def report_errors(main):
-    """Runs a script's main(). ValueError, OSError and too little memory become one line on stderr
-    and exit code 2; Ctrl-C one line and exit code 130."""
+    """Runs main(). Wrong input, files or memory become one line and exit code 2; Ctrl-C 130."""
     script = Path(sys.argv[0]).name
     sys.stdout.reconfigure(errors="backslashreplace")       # file names may be any bytes
     try:
@@ -164,15 +163,13 @@ def video_header(path):
     raise ValueError("cannot be decoded")
 
 def open_video(path, filters="", before=(), after=("-fps_mode", "passthrough")):
-    """A video file's frames, one by one: (3, H, W) uint8, upright, of square pixels, HDR as
-    standard range; all frames that it has, unless ffmpeg's options (before and after its input)
-    and filters say otherwise. ValueError, also by the frames: they cannot be decoded."""
+    """Yields a video's frames, (3, H, W) uint8: all of them, unless ffmpeg's options before and
+    after its input say otherwise; upright, of square pixels, HDR as standard range. ValueError."""
     ffmpeg()
     chain, hdr = SQUARE + "," * bool(filters) + filters, False
 
     def start(chain):
-        # imageio's own reader knows fewer suffixes; absolute, because ffmpeg parses `12:` as a
-        # protocol
+        # imageio's own reader knows fewer suffixes; absolute, as ffmpeg takes `12:` for a protocol
         reader = imageio_ffmpeg.read_frames(
             str(Path(path).absolute()), input_params=["-reinit_filter", "0", *before],
             output_params=["-vf", chain, *after])
@@ -207,12 +204,13 @@ def check_video(path, frames):
             return
     raise OSError("the video is not whole, is the disk full?")
 
-def write_mp4(path, frames, fps, count=None):
-    """Writes frames (H, W, 3) uint8, an array or (with their count) a generator; `path` is new."""
+def write_mp4(path, frames, fps):
+    """Writes frames (H, W, 3) uint8, an array or a generator; `path` is new."""
     ffmpeg()
-    iio.imwrite(path, frames, plugin="FFMPEG", is_batch=True, fps=fps, macro_block_size=2,
-                output_params=["-crf", "12"], ffmpeg_log_level="quiet")
-    check_video(path, len(frames) if count is None else count())
+    count = itertools.count()
+    iio.imwrite(path, (frame for frame, _ in zip(frames, count)), plugin="FFMPEG", is_batch=True,
+                fps=fps, macro_block_size=2, output_params=["-crf", "12"], ffmpeg_log_level="quiet")
+    check_video(path, next(count))
 
 def write_video(path, video, fps, scale=None):
     """(T, 3, H, W) in [0, 1] -> .mp4 or .gif, enlarged by `scale`, default: to about 256 px."""

@@ -86,7 +86,6 @@ def find_videos(folder):
     """What a folder offers: its layout's name and [(file name, caption or None), ...]. Layouts:
     metadata.csv or metadata.jsonl, also one folder down; videos.txt and prompts.txt, line by line;
     or a .txt beside each video, in folders inside the folder too."""
-    folder = Path(folder)
     texts = [name for name in CAPTION_FILES if (folder / name).is_file()]
     tables = [*folder.glob("metadata.csv"), *folder.glob("metadata.jsonl")][:1] or \
         sorted([*folder.glob("[!.]*/metadata.csv"), *folder.glob("[!.]*/metadata.jsonl")])
@@ -128,8 +127,8 @@ def video_seconds(path):
     return seconds
 
 def examine(path, caption, preset, known):
-    """{caption, stamp, frames at the preset's rate} of a video; or `known`, an earlier result, if
-    nothing has changed. ValueError says why a video cannot be used."""
+    """A video's {caption, stamp, frames at the preset's rate}; or `known`, an earlier result, if
+    nothing has changed. ValueError says why it cannot be used."""
     caption = " ".join(caption.split()) if isinstance(caption, str) else ""
     if not caption:
         raise ValueError("no caption")
@@ -137,16 +136,14 @@ def examine(path, caption, preset, known):
         raise ValueError("its caption is not UTF-8")
     if not os.path.isfile(path):                # Path.is_file raises for a name that is too long
         raise ValueError("no such file")
-    status = path.stat()
-    entry = {"caption": caption, "stamp": [status.st_size, status.st_mtime_ns, preset.fps,
-                                           preset.frames]}
+    stamp = [path.stat().st_size, path.stat().st_mtime_ns, preset.fps, preset.frames]
+    entry = {"caption": caption, "stamp": stamp}
     if entry.items() <= known.items():
         return known
     seconds = video_seconds(path)
     frames = int(seconds * preset.fps + .1)
     if frames < preset.frames:
-        raise ValueError(f"too short: {seconds:.1f} s, a clip takes "
-                         f"{preset.frames / preset.fps:.1f} s")
+        raise ValueError(f"too short: {seconds:.1f} s, needs {preset.frames / preset.fps:.1f} s")
     return {**entry, "frames": frames}
 
 def decode(path, first, frames, fps, size, before=()):
@@ -212,12 +209,12 @@ class Folder:
     and kept in files, with the frames. takes_all: whether clips beyond them are used too."""
     def __init__(self, folder, preset, raft, out, workers, limit, takes_all):
         self.folder, self.preset, self.raft = Path(folder), preset, raft
-        self.cache, self.takes_all = Path(out) / "clips", takes_all
+        self.cache, self.takes_all = out / "clips", takes_all
         ffmpeg()
         if rank() == 0:
-            self.examine_all(Path(out) / "videos.json", workers)
+            self.examine_all(out / "videos.json", workers)
         barrier()
-        entries = read_json(Path(out) / "videos.json")
+        entries = read_json(out / "videos.json")
         self.videos = {name: entry for name, entry in entries.items() if "frames" in entry}
         self.prepare(limit, workers)
         # hash order, so that the clips of added videos interleave
@@ -245,7 +242,7 @@ class Folder:
                 elif name in listing:
                     name, one = f"{name} (row {row})", {"reason": "listed twice"}
                 listing[name] = one
-        for other in set(video_files(self.folder)) - {name for name, _ in found}:
+        for other in sorted(set(video_files(self.folder)) - {name for name, _ in found}):
             listing[other] = {"reason": f"not in {layout}"}
         write_text(path, json.dumps(listing, indent=1))
         used = [one for one in listing.values() if "frames" in one]
@@ -304,14 +301,13 @@ class Folder:
 
     def clip(self, key):
         """Frames (T, 3, size, size) uint8; motion or None; caption. ValueError: not decoded."""
-        (name, start, _), T = key, self.preset.frames
-        video, motion, caption = None, None, self.videos[name]["caption"]
+        (name, start, _), T, motion = key, self.preset.frames, None
         if name in self.prepared and start + T <= self.prepared[name].shape[1]:
             video, motion = torch.from_numpy(self.prepared[name][:, start:start + T].copy())
             motion[-1] = motion[-2]             # as of every clip, the last flow is repeated
         else:
             video = read_clip(self.folder / name, start, T, self.preset.fps, self.preset.size)
-        return video, motion, caption
+        return video, motion, self.caption(key, None)
 
     def read(self, keys):
         clips, skipped = [], {}
@@ -385,16 +381,14 @@ class Prefetcher:
         # one torch thread each: more would compete with the training's
         pool = concurrent.futures.ThreadPoolExecutor(
             self.workers, initializer=torch.set_num_threads, initargs=(1,))
-        pending, items = collections.deque(), iter(self.items)
+        jobs = (pool.submit(self.load, item) for item in self.items)    # each begins when taken
         try:
-            while True:
-                while len(pending) <= self.workers and (item := next(items, None)) is not None:
-                    pending.append(pool.submit(self.load, item))
-                if not pending:
-                    return
+            pending = collections.deque(itertools.islice(jobs, self.workers + 1))
+            while pending:
                 start = time.time()
                 result = pending.popleft().result()
                 self.waited += time.time() - start
                 yield result
+                pending.extend(itertools.islice(jobs, 1))
         finally:
             pool.shutdown(cancel_futures=True)

@@ -8,7 +8,6 @@ pixels per frame, x (right) then y (down). Flow k goes from frame k to k + 1; th
 import itertools
 import math
 import os
-from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -103,14 +102,12 @@ class UpdateBlock(nn.Module):
         seen = HIDDEN + CONTEXT + MOTION
         self.recurrent_block = nn.ModuleDict({"convgru1": nn.ModuleDict({
             gate: nn.Conv2d(seen, HIDDEN, 3, padding=1) for gate in ("convz", "convr", "convq")})})
-        self.flow_head = nn.Sequential(OrderedDict(
-            conv1=nn.Conv2d(HIDDEN, 128, 3, padding=1), relu=nn.ReLU(),
-            conv2=nn.Conv2d(128, 2, 3, padding=1)))
+        self.flow_head = nn.ModuleDict({"conv1": nn.Conv2d(HIDDEN, 128, 3, padding=1),
+                                        "conv2": nn.Conv2d(128, 2, 3, padding=1)})
 
     def of_context(self, context):
-        """The GRU's weights for state and motion (288, 178, 3, 3), and its convolution of the
-        context (B, 288, h, w). The context is the same in all iterations, and a convolution is a
-        sum over input channels, so that share is computed once."""
+        """The GRU's weights for state and motion (288, 178, 3, 3); its convolution of the context,
+        (B, 288, h, w), once for all iterations: a convolution is a sum over input channels."""
         gru = self.recurrent_block["convgru1"].values()
         weight, bias = (torch.cat(parts) for parts in zip(*((g.weight, g.bias) for g in gru)))
         of_state, of_context, of_motion = weight.split([HIDDEN, CONTEXT, MOTION], 1)
@@ -128,7 +125,7 @@ class UpdateBlock(nn.Module):
         update, reset = gates.sigmoid_().chunk(2, 1)
         new = F.conv2d(torch.cat([reset * state, x], 1), of_new, padding=1).add_(new).tanh_()
         state = (1 - update) * state + update * new
-        return state, self.flow_head(state)
+        return state, self.flow_head["conv2"](self.flow_head["conv1"](state).relu())
 
 def correlation_pyramid(features1, features2):
     """All-pairs correlation, two (B, C, h, w) -> LEVELS of (B h w, 1, h / 2^l, w / 2^l): every cell
@@ -143,11 +140,10 @@ def correlation_pyramid(features1, features2):
     return pyramid
 
 def look_up(pyramid, coords):
-    """The pyramid around coords (B, 2, h, w), x then y in cells -> (B, LEVELS * 49, h, w).
-    Channels: levels, then the window's x offset (-3..3), then its y offset. x is the *outer* one,
-    as in the authors' code. Coordinate 0 is the centre of the first cell; outside are zeros. On
-    level l coords are divided by 2^l, as by the authors, although a pooled cell's centre lies
-    (2^l - 1) / 2 fine cells further on: the weights have learned that offset."""
+    """The pyramid around coords (B, 2, h, w), x then y in cells from the first one's centre -> (B,
+    LEVELS * 49, h, w), zero outside: levels, then x offsets (-3..3), then y offsets. As in the
+    authors' code x is the *outer* one, and level l takes coords / 2^l, although a pooled cell's
+    centre lies (2^l - 1) / 2 fine cells further on: the weights have learned that offset."""
     B, _, h, w = coords.shape
     side = torch.arange(-RADIUS, RADIUS + 1, device=coords.device, dtype=coords.dtype)
     window = torch.stack(torch.meshgrid(side, side, indexing="ij"), -1)         # [i, j] is x, y
@@ -238,9 +234,8 @@ def upsample(flow):
 
 @torch.no_grad()
 def estimate_flow(raft, video, iters=12):
-    """video (B, T, 3, H, W) in [0, 1] -> flow (B, T, 2, H, W) in px, the last one repeated.
-    On raft's device, in bf16 where that is fast. One feature pass per frame; frames are processed
-    in pieces. ValueError: another shape or dtype, a single frame, NaN or infinite pixels."""
+    """video (B, T, 3, H, W) in [0, 1] -> flow (B, T, 2, H, W) in px, the last repeated, on raft's
+    device; one feature pass a frame. ValueError: another shape or dtype, one frame, NaN or inf."""
     if video.dim() != 5 or video.shape[2] != 3 or not video.is_floating_point():
         raise ValueError(f"video: float (B, T, 3, H, W), not {tuple(video.shape)} {video.dtype}")
     video = video.to(next(raft.parameters()).device, torch.float32)
@@ -271,12 +266,11 @@ def estimate_flow(raft, video, iters=12):
 def stream_flow(raft, frames, chunk=16):
     """Frames (3, H, W) in [0, 1], one by one -> (frame, the next one, flow (2, H, W) between them),
     one by one. Only `chunk` frames, of large ones fewer, are in memory at once."""
-    piece = []
-    for frame in itertools.chain(frames, [None]):
-        if frame is not None:
-            piece.append(frame)
-            chunk = min(chunk, max(1, 2 ** 24 // frame.numel()))
-        if len(piece) > 1 and (frame is None or len(piece) > chunk):
+    frames, piece = iter(frames), []
+    for frame in frames:
+        chunk = min(chunk, max(1, 2 ** 24 // frame.numel()))
+        piece += [frame, *itertools.islice(frames, chunk - len(piece))]
+        if len(piece) > 1:
             flow = estimate_flow(raft, torch.stack(piece)[None])[0]
             yield from zip(piece, piece[1:], flow)
             piece = piece[-1:]
@@ -302,8 +296,7 @@ def render_flow(raft, path, target, chunk=16):
             yield rgb
         yield rgb                               # the last one is repeated
 
-    write_file(target, lambda temporary: write_mp4(
-        temporary, rgb_frames(), fps, lambda: len(speeds) + 1))
+    write_file(target, lambda temporary: write_mp4(temporary, rgb_frames(), fps))
     mean, largest = np.mean(speeds, 0)[0], np.max(speeds, 0)[1]
     print(f"{target}: mean {mean:.3f} px, largest {largest:.2f} px a frame")
 

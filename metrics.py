@@ -11,24 +11,19 @@ import torch
 import torch.nn.functional as F
 
 from flow import estimate_flow, stream_flow
-from synthetic import (COLOURS, DIRECTIONS, HELD_OUT, SHAPES, TRAVEL, TURNS, bouncing,
-                       signed_distance, sprite_clips, sprite_scene)
+from synthetic import (COLOURS, DIRECTIONS, HELD_OUT, SHAPES, TRAVEL, TURNS, bouncing, cover_of,
+                       sprite_clips, sprite_scene)
 
 # ---------------------------------------------------------------- tracking a sprite
 
 PERIOD = {"circle": 0, "square": math.pi / 2, "triangle": 2 * math.pi / 3, "cross": math.pi / 2,
           "star": 2 * math.pi / 5}                      # the smallest turn that changes nothing
 
-def cover_of(shape, x, y, r):
-    """How much of a pixel at (x, y) from the centre a shape of radius r covers: [0, 1]."""
-    return (.5 - signed_distance(shape, x, y, r)).clamp(0, 1)
-
 def track(video, colour, shape):
-    """Follows a sprite by its colour through (T, 3, S, S) on a background of one chroma.
-    Returns in_frame (T,) bool: something of that colour and of a sprite's size is seen, nothing of
-    another colour; the likeliest shape; the path (T, 3): x, y in px, angle of the named shape;
-    alpha (T, S, S) in [0, 1]: where that colour is."""
-    T, _, S, _ = video.shape
+    """Follows a sprite by its colour through (T, 3, S, S) on a background of one chroma: in_frame
+    (T,) bool, that colour is seen, of a sprite's size, and no other; the likeliest shape; the path
+    (T, 3): x, y in px, angle of the named shape; alpha (T, S, S) in [0, 1]: where it is."""
+    S = video.shape[-1]
     chroma = video - video.mean(1, keepdim=True)
     background = chroma.transpose(0, 1).flatten(1).median(1).values
     towards = torch.tensor(COLOURS[colour]) - sum(COLOURS[colour]) / 3 - background
@@ -63,9 +58,8 @@ def track(video, colour, shape):
         errors = (template - seen[frames, None]).square().mean((2, 3))
         return errors.amin(1), theta[errors.argmin(1)]
 
-    some = torch.arange(0, T, 4)
-    errors = {name: nearest(name, some, 12)[0].sum().item() for name in SHAPES}
-    angle = nearest(shape, torch.arange(T), 24)[1].double().numpy()
+    errors = {name: nearest(name, slice(None, None, 4), 12)[0].sum().item() for name in SHAPES}
+    angle = nearest(shape, slice(None), 24)[1].double().numpy()
     if PERIOD[shape]:                                   # the shortest way from frame to frame
         angle = np.unwrap(angle, period=PERIOD[shape])
     path = np.stack([x.double().numpy(), y.double().numpy(), angle], 1)
@@ -95,14 +89,12 @@ def in_range(value, low, high, slack=.3):
     return low * (1 - slack) <= value <= high * (1 + slack)
 
 def fit_motion(kind, phrase, path, size, radius=.145):
-    """Fits the family of a named motion to a tracked path (T, 3).
-    Returns the RMS error in px of a coordinate (for a spin with the angle's, at the sprite's edge);
-    whether the motion is as named: an error below 2.5% of the width, the right direction, and an
-    amount (widths travelled, length, radius, turns) within 30% of the training range."""
+    """Fits the family of a named motion to a path (T, 3): the RMS error in px of a coordinate (of a
+    spin with the angle's, at the sprite's edge); whether the path is as named: an error below 2.5%
+    of the width, the right direction, widths or turns within 30% of the training range."""
     T, words = len(path), phrase.split()
-    tau, one = np.linspace(0, 1, T), np.ones(T)
-    x, y, angle = path[:, 0] / size, path[:, 1] / size, path[:, 2]
-    both, zero = np.concatenate([x, y]), np.zeros(T)
+    tau, one, zero = np.linspace(0, 1, T), np.ones(T), np.zeros(T)
+    both = path[:, :2].T.flatten() / size                               # x of all frames, then y
 
     def planar(*columns):
         """A basis for x and y together: an offset of each, and columns given as (for x, for y)."""
@@ -134,7 +126,7 @@ def fit_motion(kind, phrase, path, size, radius=.145):
         good = in_range(np.hypot(c[2], c[3]), .18, .28)
     elif kind == "spin":
         rms, _, _ = least_squares([planar()], both)
-        off, c, _ = least_squares([np.stack([one, tau], -1)], angle)
+        off, c, _ = least_squares([np.stack([one, tau], -1)], path[:, 2])
         rms = np.hypot(rms, off * radius)               # an angle's error, at the sprite's edge
         turns = c[1] / (2 * np.pi) * (1 if word == "clockwise" else -1)
         good = in_range(turns, *TURNS[speed])
@@ -155,11 +147,10 @@ def held_out_clips(n, frames, size, start=HELD_OUT + 10_000, **options):
 
 def score_clips(video, scenes):
     """Scores of clips (N, T, 3, S, S) against the scenes that they should show, a dict each:
-    detected (something of the named colour and a sprite's size in all frames, no other colour);
-    single (one connected region throughout); shape (the nearest template is the named one's);
-    motion_ok (detected, and moving as named, see `fit_motion`); single_motion_ok (both: two sprites
-    may move as named together); error (distance from the fitted path in px, or None). Of several
-    samples of the scenes (all first ones come first), the mean."""
+    detected (`track` sees the sprite in all frames, no other colour); single (one connected region
+    throughout); shape (the nearest template is the named one's); motion_ok (detected, and moving as
+    named); single_motion_ok (both: two sprites may move as named together); error (`fit_motion`'s,
+    or None). Of several samples of the scenes (all first ones come first), the mean."""
     rows = []
     for clip, scene in zip(video, itertools.cycle(scenes)):
         sprite, S = scene["sprites"][0], clip.shape[-1]
@@ -227,8 +218,7 @@ def warp(image, flow):
 def vbench(video, fps, raft):
     """VBench's motion metrics, by its formulas; video() gives the frames, (3, H, W) in [0, 1].
     dynamic: dynamic_degree, by RAFT-small; flicker: temporal_flickering; smooth: motion_smoothness,
-    but odd frames are interpolated by RAFT's flow, not by AMT, so only its order compares with
-    VBench's. None where a video is too short."""
+    with RAFT's flow in AMT's place, so only its order compares. None: the video is too short."""
     def every(n, start=0):
         return itertools.islice(video(), start, None, n)
 

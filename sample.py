@@ -18,7 +18,7 @@ import torch
 
 from common import (Parser, device_of, file_stem, grid, positive_int, read_json, report_errors,
                     seed, truncate, write_video)
-from data import Sprites
+from data import Sprites, open_text
 from synthetic import sprite_scene
 from videojam import GUIDANCE, WITHOUT_MOTION, VideoJAM, weights_path
 
@@ -48,13 +48,11 @@ def parse():
 def read_prompts(args):
     prompts = args.prompt.copy()
     if args.prompts:
-        text = Path(args.prompts).read_text(encoding="utf-8-sig", errors="surrogateescape")
-        prompts += [line.strip() for line in text.split("\n") if line.strip()]
+        prompts += filter(None, map(str.strip, open_text(args.prompts)))
     if not prompts or not all(map(str.strip, prompts)):
         raise ValueError('no prompt, or a blank one: try "a red square moves left"')
-    for prompt in args.prompt:
-        if os.path.isfile(prompt):
-            raise ValueError(f"{prompt}: a file, not a prompt: --prompts {prompt} takes its lines")
+    if file := next(filter(os.path.isfile, args.prompt), None):
+        raise ValueError(f"{file}: a file, not a prompt: --prompts {file} takes its lines")
     if any("\ud800" <= character <= "\udfff" for character in "".join(prompts)):
         raise ValueError("a prompt is not UTF-8")
     return prompts

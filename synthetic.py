@@ -159,6 +159,10 @@ def signed_distance(shape, x, y, r):
     normal = edge / edge.norm()
     return (a - 1.15 * r) * normal[1] - b * normal[0]
 
+def cover_of(shape, x, y, r):
+    """How much of a pixel at (x, y) from the centre a shape of radius r covers: [0, 1]."""
+    return (.5 - signed_distance(shape, x, y, r)).clamp(0, 1)
+
 def render_background(background, size, appearance):
     """(3, size, size) in [0, 1]: a pale colour, with a faint pattern if textured; appearance, from
     0 to 1, is how much of a smooth grey field, from black to white, is in it."""
@@ -188,23 +192,21 @@ def render_sprite(sprite, size):
     path = torch.tensor(sprite["path"], dtype=torch.float32)[..., None, None]
     dx, dy, angle = x - path[:, 0], y - path[:, 1], path[:, 2]          # from the centre
     cos, sin = angle.cos(), angle.sin()
-    distance = signed_distance(sprite["shape"], cos * dx + sin * dy, cos * dy - sin * dx,
-                               torch.tensor(sprite["radius"]))
-    cover = (.5 - distance).clamp(0, 1).unsqueeze(1)
+    cover = cover_of(sprite["shape"], cos * dx + sin * dy, cos * dy - sin * dx,
+                     torch.tensor(sprite["radius"]))
     step_x, step_y, turn = path.diff(dim=0, append=path[-1:]).unbind(1)
     cos, sin = turn.cos(), turn.sin()
     flow = torch.stack([cos * dx - sin * dy - dx + step_x, sin * dx + cos * dy - dy + step_y], 1)
-    return cover, flow
+    return cover.unsqueeze(1), flow
 
 def sprite_clip(seed, frames=16, size=64, clutter=.5, order=None, appearance=0., target="flow"):
     """The clip of a seed: video (T, 3, H, W) in [0, 1], flow (T, 2, H, W) in px, caption, scene.
     seed: from HELD_OUT on for evaluation. clutter in [0, 1]: the share of textured backgrounds and,
-    independently, of scenes with two or three sprites (the first one named is in front).
-    order: a permutation of the frames; the flow is then that of the permuted clip. appearance in
-    [0, 1]: how loud a grey field is that stands still behind the sprites. target: "flow"; or what
-    VideoJAM is trained on in its place, as a control: "mask", where sprites are, as one constant
-    flow; "shuffled", the flow with its frames in a random order. A scene's sprites have `physics`
-    and a `path` (T, 3): x, y of the centre in px, the angle in radians."""
+    independently, of scenes with two or three sprites (the first one named is in front). order: a
+    permutation of the frames; the flow is that of the permuted clip. appearance in [0, 1]: how loud
+    the still grey field behind the sprites is. target: "flow", or a control in its place: "mask",
+    where sprites are, as one constant flow; "shuffled", the flow's frames in a random order. A
+    scene's sprites have `physics` and a `path` (T, 3): x, y of the centre in px, the angle."""
     scene = sprite_scene(int(seed), frames, clutter)
     video = render_background(scene["background"], size, appearance).repeat(frames, 1, 1, 1)
     flow = torch.zeros(frames, 2, size, size)
@@ -356,9 +358,8 @@ def photographic_effects(random, frames):
 
 def flow_scenes(n, size, seed, shapes=6):
     """Scenes with exact flow: frame1, frame2 (n, 3, size, size) in [0, 1], flow (n, 2, size, size).
-    A background and up to `shapes` shapes, with textures and motions of their own upon the
-    camera's: shifts from nothing to a third of the frame, in half of the scenes a tenth of that.
-    Flow is the front layer's at the pixel centres of frame1."""
+    A background and up to `shapes` shapes, textures and motions of their own upon the camera's: up
+    to a third of the frame, in half of the scenes a tenth of it. Flow is the front layer's."""
     random, side = SceneSampler(n, size, seed), torch.arange(size) + .5
     points = torch.stack(torch.meshgrid(side, side, indexing="xy")).flatten(1)          # (2, P)
     frames, flow = torch.zeros(2, n, 3, size * size), torch.zeros(n, 2, size * size)

@@ -11,10 +11,9 @@ Stages: tae; encode (latents of videos and of their RGB flow); base (Eq. 3); jam
 base); control (Eq. 3, from the base, with jam's steps, clips, noise and learning rate, only that
 jam's new rows learn faster). For a first reading: DiTStage.losses, Trainer.update, train_loop.
 
-A run is a folder; its model.pt is the file to share, which `python sample.py --run FOLDER` takes.
-Run a command again to resume: bit-exact on a CPU, for a sample's randomness depends on (seed,
-stage, step, place in the batch) alone; nor does the number of GPUs change more than rounding.
-(Checkpoints have a pickled index: resume your own runs only.)
+A run is a folder; its model.pt is the file to share (`python sample.py --run FOLDER`). The same
+command again resumes, bit-exact on a CPU: randomness depends on (seed, stage, step, place in the
+batch) alone, not on the number of GPUs. (Resume your own runs only: their index is a pickle.)
 """
 import argparse
 import contextlib
@@ -84,8 +83,7 @@ T_BINS = 5                              # losses are logged apart for t in [0, .
 MOTION_LR_SCALE = 5.                    # of the new rows and columns of W_in and W_out
 
 # harmless: one process saves alone; nobody writes into the TAE's output
-for message in ("torch.distributed is disabled", "FSDP2-wrapped module .* returned a view"):
-    warnings.filterwarnings("ignore", message)
+warnings.filterwarnings("ignore", "torch.distributed is disabled|FSDP2-wrapped module .* returned")
 
 def rng(*key):
     """A random stream of its own for a key such as (seed, stage, step, place in the batch)."""
@@ -117,7 +115,8 @@ class Run:
         self.autocast = functools.partial(autocast, args.device, args.precision)
         self.choices = {name: getattr(args, name) for name in ("sigma", "appearance", "target")}
         self.preset = dataclasses.replace(PRESETS[args.preset], **self.choices)
-        self.stages, self.given = [args.stage] if args.stage else STAGES, {}    # DiTs of --init
+        self.stages = [args.stage] if args.stage else STAGES[1:] if args.init else STAGES
+        self.given = {}                                         # DiTs of --init
         self.settings = {"version": VERSION, "preset": args.preset,
                          "data": "own videos" if args.data else "sprites",
                          "clutter": args.clutter, "seed": args.seed,
@@ -129,12 +128,10 @@ class Run:
         if not tae.exists() and (self.out / "latents/manifest.json").exists():
             raise ValueError(f"{self.out}: its latents are there without tae.pt, which made them: "
                              "delete latents/ and the checkpoints that came after it")
-        has_tae = args.init or tae.exists() or args.stage == "raft"
-        if not has_tae and self.stages[0] != "tae":
+        if self.stages[0] not in ("tae", "raft") and not (args.init or tae.exists()):
             raise ValueError(f"{self.out}: has no tae yet, run --stage tae first")
         for stage in self.stages:
-            if not has_tae or stage != "tae":
-                self.hyperparameters(stage)
+            self.hyperparameters(stage)
         if settings.is_file() and any(self.out.glob("*/*")):
             refuse_changes(self.out, read_json(settings), self.settings)
         if args.data and not Path(args.data).is_dir():
@@ -179,11 +176,10 @@ class Run:
         if stage == "encode" and (manifest := self.out / "latents/manifest.json").exists():
             row = read_json(manifest, "clips")["clips"], *row[1:]
         is_own = stage != "encode" or args.stage == "encode"    # encode's batch is each GPU's
-        flags = args.steps, args.lr, args.batch if is_own else None
-        steps, lr, batch = (value if flag is None else flag for flag, value in zip(flags, row))
+        steps, lr = args.steps or row[0], args.lr or row[1]
+        batch = args.batch if is_own and args.batch else row[2]
         parts = world_size() * args.accumulate
-        # raft's batches of large frames have an eighth of the pairs
-        unit = 8 * parts if stage == "raft" and parts > 1 else parts
+        unit = 8 * parts if stage == "raft" and parts > 1 else parts    # 1/8 where frames are large
         if stage != "encode" and steps > status.get("step", 0) and batch % unit:
             raise ValueError(f"{stage}: the batch, {batch}, is no multiple of {unit} (processes x "
                              "--accumulate" + " x 8" * (unit > parts) + ")")
@@ -222,7 +218,7 @@ class Run:
             raise ValueError(f"{self.out}: has {done} of {stage}, run --stage {stage} first")
         return path, status["step"]
 
-    def save(self, stage, step, state, status):
+    def save(self, stage, step, state, **status):
         """Writes a checkpoint of tensors, sharded or not, and its status. Two are kept."""
         path = self.out / "checkpoints" / f"{stage}-{step:09d}"
         if rank() == 0:
@@ -283,8 +279,7 @@ class Run:
 
 def distribute(model, run):
     """The model on the device; under torchrun in shards (FSDP2), gathered layer by layer in the
-    compute precision. What is on "meta" is allocated and sharded layer by layer too, so that no
-    process ever holds more than one whole layer."""
+    compute precision. What is on "meta" is allocated layer by layer too: one is whole at a time."""
     args, layers = run.args, []
     set_activation_checkpointing(model, args.activation_checkpointing)
     if isinstance(model, DiT):
@@ -419,7 +414,6 @@ class Trainer:
                              f"step {self.step}: take a smaller --lr, or try --no-compile")
         if self.bad:
             print0(f"{self.stage.name}: step {self.step} is not finite and is skipped")
-            reports = []
         else:
             for optimizer in self.optimizers:
                 optimizer.param_groups[0]["lr"] = self.rate
@@ -427,7 +421,7 @@ class Trainer:
             decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))  # so short runs forget more
             get_ema_multi_avg_fn(decay)(list(self.ema.values()), list(self.weights.values()), None)
         self.model.zero_grad()
-        return reports
+        return [] if self.bad else reports
 
 def train_loop(run, stage):
     """Trains a stage to its number of steps, from its last checkpoint on."""
@@ -457,8 +451,7 @@ def train_loop(run, stage):
                                 waits=f"{ahead.waited / (time.time() - began):.0%}")
             if show or stopping or late and not reports:    # so that a kill loses no report
                 start = time.time()
-                run.save(name, step, trainer.state(), {"of": steps, **trainer.settings,
-                                                       **stage.notes})
+                run.save(name, step, trainer.state(), of=steps, **trainer.settings, **stage.notes)
                 next_save = time.time() + max(CHECKPOINT_SECONDS, 20 * (time.time() - start))
             if show:
                 show_preview(run, stage, step)
@@ -478,30 +471,29 @@ class TAEStage:
         self.model = distribute(TAE(run.preset.tae), run)
 
     def load(self, step, places):
-        video, _, extra, _ = self.dataset.training([step * self.batch + place for place in places])
+        read = self.dataset.training([step * self.batch + place for place in places])
         C, *positions = self.run.preset.latent_shape()
         noise = [torch.randn(2, *positions, C, generator=rng(self.seed, "tae", step, place))
                  for place in places]
-        return video, extra, torch.stack(noise)
+        return *read[:3], torch.stack(noise)
 
-    def both(self, video, extra):
-        """Clips and their RGB flow, on the device."""
+    def both(self, read):
+        """Clips that the dataset has read, and their RGB flow, on the device."""
+        video, _, extra, *_ = read
         video = video.to(self.run.device)
         return video, self.dataset.motion(video, extra)
 
     def losses(self, data):
-        video, extra, noise = data
-        for i, clips in enumerate(self.both(video, extra)):
+        for i, clips in enumerate(self.both(data)):
             with self.run.autocast():
-                loss = tae_loss(self.model, clips, noise[:, i].to(clips.device))
+                loss = tae_loss(self.model, clips, data[-1][:, i].to(clips.device))
             yield loss / 2, {"loss": loss[None]}
 
     def preview(self, checkpoint, step):
         """Clips above their reconstructions, and the PSNR of both kinds, on held-out clips."""
         run, rows, psnr = self.run, [], {}
         tae = run.load_ema(checkpoint, TAE(run.preset.tae)).to(run.device)
-        video, _, extra, _ = self.dataset.held_out(8)
-        for kind, clips in zip(("video", "motion"), self.both(video, extra)):
+        for kind, clips in zip(("video", "motion"), self.both(self.dataset.held_out(8))):
             with run.autocast():
                 coded = [tae.decode(tae.encode(clip[None]), frames=len(clip)) for clip in clips]
             rows += [clips, torch.cat(coded)]
@@ -515,8 +507,7 @@ class TAEStage:
         """The training's first clips or their motion, as many at once as fit in training."""
         few = max(1, self.batch // world_size() // self.run.args.accumulate)
         for indices in torch.arange(WHITENING_CLIPS).split(few):
-            video, _, extra, _ = self.dataset.training(indices.tolist())
-            yield self.both(video, extra)[motion]
+            yield self.both(self.dataset.training(indices.tolist()))[motion]
 
 def train_tae(run):
     """Stage tae: trains, then fits the whitening of its latents and writes tae.pt."""
@@ -543,11 +534,9 @@ def train_tae(run):
 # ---------------------------------------------------------------- stage encode
 
 def read_manifest(run, clips=None):
-    """The shards of keys that are to be encoded, and the keys that are in none of them yet, of
-    `clips` clips (of each video), by default as many as the last encode took."""
-    path, content = run.out / "latents/manifest.json", {"clips": 0, "shards": []}
-    if path.exists():
-        content = read_json(path, "clips", "shards")
+    """The shards of keys, and the keys of `clips` clips (default: as before) that are in none."""
+    path = run.out / "latents/manifest.json"
+    content = read_json(path, "clips", "shards") if path.exists() else {"clips": 0, "shards": []}
     known = {json.dumps(key) for shard in content["shards"] for key in shard}
     keys = run.dataset.keys(clips or content["clips"])
     return content["shards"], [key for key in keys if json.dumps(key) not in known]
@@ -605,11 +594,10 @@ def motion_lr_scale(model, C):
     """Factors on the learning rate of W_in and W_out: MOTION_LR_SCALE for what add_motion added.
     Muon's steps have one size, so zero rows would stay small for long. (Not in the paper.)"""
     scale = {}
-    for layer, axis in ((model.W_in, 1), (model.W_out, 0)):
-        added = new_entries(layer.weight, axis, C, channel_last=True)
-        factors = torch.where(added, MOTION_LR_SCALE, 1.)
-        scale[layer.weight] = torch.empty_like(layer.weight)
-        load_weights({"scale": scale[layer.weight]}, {"scale": factors})
+    for weight, axis in ((model.W_in.weight, 1), (model.W_out.weight, 0)):
+        factors = torch.where(new_entries(weight, axis, C, channel_last=True), MOTION_LR_SCALE, 1.)
+        scale[weight] = torch.empty_like(weight)
+        load_weights({"scale": scale[weight]}, {"scale": factors})
     return scale
 
 class DiTStage:
@@ -624,8 +612,7 @@ class DiTStage:
             print0(f"{name}: {long} captions of more than {self.max_bytes} bytes are cut")
         # all steps have texts of one length, so that nothing is compiled again in the middle
         self.text_length = max(len(token_row(caption, self.max_bytes)) for caption in captions)
-        # the control sees jam's clips, noise, times and dropped texts
-        self.stream = "base" if name == "base" else "fine-tuning"
+        self.stream = "base" if name == "base" else "fine-tuning"   # the control sees what jam sees
         self.batch = run.hyperparameters(name)[2]
         source, origin = self.starting_point()
         self.settings = {"origin": origin, "uniform_t": args.uniform_t, "t_shift": args.t_shift,
@@ -773,15 +760,14 @@ def activation_bytes(preset, checkpointing=False):
     return channels * (2 * preset.dit.depth + 220 if checkpointing else 220 * preset.dit.depth)
 
 def step_flops(preset):
-    """{stage: FLOPs of a clip in a step of it}: backwards is twice forwards; stages tae and encode
-    see video and motion. On the meta device nothing is computed."""
+    """{stage: FLOPs of a clip in a step}: backwards is twice forwards, the TAE sees motion too."""
     def forward(function, *inputs):
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             function(*inputs)
         return counter.get_total_flops()
 
     C, T, H, W = preset.latent_shape()
-    with torch.device("meta"):
+    with torch.device("meta"):                  # there nothing is computed
         tae, dit = TAE(preset.tae), DiT(preset.dit).add_motion()
         encode = forward(tae.posterior, torch.zeros(1, preset.frames, 3, preset.size, preset.size))
         decode = forward(tae.pixels, torch.zeros(1, T, H, W, C))
@@ -861,8 +847,7 @@ def parse():
     flag("--gpus", type=positive_int, default=1, help="dry run: how many")
     flag("--tflops", type=positive, default=400, help="dry run: sustained by a GPU")
     args = parser.parse_args()
-    if args.data:
-        args.data = str(Path(args.data).resolve())
+    args.data = args.data and str(Path(args.data).resolve())
     raft, toy = args.stage == "raft", args.preset == "toy"
     if raft and not 3 <= (args.batch or 8) <= 256:              # beyond are the held-out clips
         raise ValueError("raft takes --batch from 3 to 256")
@@ -876,10 +861,8 @@ def parse():
                 "prepare": 2_400 if args.device.type == "cpu" else 20_000,
                 "out": f"runs/{'raft' if raft else Path(args.data or args.preset).name}",
                 "activation_checkpointing": activation_bytes(PRESETS[args.preset]) > 2e10}
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    return args
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    return argparse.Namespace(**{**vars(args), **defaults, **given})
 
 def main():
     args = parse()

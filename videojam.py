@@ -177,17 +177,16 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(self, x, context=None, rope=None, mask=None):
-        B, N, width = x.shape
         context = x if context is None else context
-        q = self.to_q(x).view(B, N, self.heads, -1)                     # (B, N, heads, head_dim)
-        k, v = self.to_kv(context).view(B, context.shape[1], 2, self.heads, -1).unbind(2)
+        q = self.to_q(x).unflatten(2, (self.heads, -1))                 # (B, N, heads, head_dim)
+        k, v = self.to_kv(context).unflatten(2, (2, self.heads, -1)).unbind(2)
         # the norm's weights in bf16 too under autocast: torch fuses no norm of mixed dtypes
         q, k = (F.rms_norm(part, part.shape[-1:], norm.weight.to(part.dtype), norm.eps)
                 .transpose(1, 2) for part, norm in ((q, self.norm_q), (k, self.norm_k)))
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         x = attend(q, k, v.transpose(1, 2), mask)                       # (B, heads, N, head_dim)
-        return self.out(x.transpose(1, 2).reshape(B, N, width))
+        return self.out(x.transpose(1, 2).flatten(2))
 
 class SwiGLU(nn.Module):
     def __init__(self, width, hidden):
@@ -228,11 +227,10 @@ class Layers(nn.Sequential):
         return x
 
 def set_activation_checkpointing(model, on):
-    """Turns the activation checkpointing of a model's layers on or off; returns the model."""
+    """Turns the activation checkpointing of a model's layers on or off."""
     for module in model.modules():
         if isinstance(module, Layers):
             module.activation_checkpointing = on
-    return model
 
 class DiT(nn.Module):
     """Eq. 4: u(x_t, y, t) = M(x_t W_in, y, t) W_out. x (B, C, T', H', W'), t (B,) or a scalar,
@@ -296,10 +294,8 @@ def initialize(modules):
             nn.init.xavier_uniform_(module.weight, gain=0 if module in zero else 1)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight)
-        elif isinstance(module, nn.RMSNorm):
-            nn.init.ones_(module.weight)
+        elif isinstance(module, (nn.Embedding, nn.RMSNorm)):
+            module.reset_parameters()
 
 # ---------------------------------------------------------------- Sec. 4.2: joint representation
 # nn.Linear keeps the paper's matrices transposed: rows of W_in are its weight's axis 1, columns of
@@ -419,12 +415,10 @@ def find_guidance(mode, has_motion):
     return GUIDANCE[mode]
 
 def guided_velocity(model, x, d, t, y, w1=5., w2=3., mode="inner", null=None):
-    """The guided velocity of [x, d], each (B, C, ...), at time t -> u (B, 2C, ...).
-    All terms run in one batch; those of weight 0 do not run. d = None: a model without motion,
-    mode "cfg" or "none", u (B, C, ...). ValueError as `find_guidance`."""
+    """The guided velocity of [x, d], each (B, C, ...), at time t -> u (B, 2C, ...). All terms run
+    in one batch, but for those of weight 0. d = None: without motion, u (B, C, ...). ValueError."""
     null = drop_text(y, torch.ones(len(x), dtype=torch.bool, device=x.device), null)
-    terms = find_guidance(mode, d is not None).terms(w1, w2)
-    terms = [(weight, with_d, with_y) for weight, with_d, with_y in terms if weight != 0]
+    terms = [term for term in find_guidance(mode, d is not None).terms(w1, w2) if term[0] != 0]
     z = [x if d is None else torch.cat([x, d if with_d else torch.zeros_like(d)], 1)
          for _, with_d, _ in terms]
     text = [y if with_y else null for _, _, with_y in terms]
@@ -495,8 +489,7 @@ class SpaceTimeConv(nn.Module):
         H, W = x.shape[1:3]
         x = x.reshape(B, T, H * W, -1)
         x = torch.cat([x[:, :1], x, x[:, -1:]], 1)      # symmetric replicate padding in time
-        x = self.time(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)                    # (B, T', HW, C)
-        return x.reshape(B, -1, H, W, x.shape[-1])
+        return self.time(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).unflatten(2, (H, W))
 
 class ResBlock(nn.Module):
     def __init__(self, width):
@@ -648,6 +641,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         width, heads = config.text_width, round(config.text_width / 64)
         self.head_dim = width // heads
+        # on the meta device normal_ would import torch's compiler, which takes a second
         self.embed = nn.Embedding.from_pretrained(torch.empty(VOCABULARY, width), freeze=False)
         self.fold = nn.Linear(FOLD * width, width, bias=False)
         self.layers = nn.ModuleList([TextLayer(width, heads) for _ in range(config.text_depth)])

@@ -193,6 +193,12 @@ def test_training_replaces_a_video_that_breaks_off(captioned, tmp_path, monkeypa
     assert captions == ["b", "b"]
     assert all("2 of 5 frames can be decoded" in reason for reason in skipped.values())
 
+def test_a_clip_whose_video_is_gone_is_skipped(captioned, tmp_path):
+    keys = opened(captioned, tmp_path / "run").keys(1)
+    (captioned / "a.mp4").unlink()                          # while encode was interrupted
+    _, captions, _, skipped = opened(captioned, tmp_path / "run").read(keys)
+    assert captions == ["b"] and [*skipped] == keys[:1]
+
 def test_flow_is_estimated_once_and_for_as_many_frames_as_are_asked_for(captioned, tmp_path, capfd,
                                                                         monkeypatch):
     some = opened(captioned, tmp_path / "run", limit=32)        # 8 frames of either

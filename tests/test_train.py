@@ -496,7 +496,7 @@ def test_damaged_files_and_latents_without_their_tae_are_refused(begun, ends):
     for part in checkpoints(out, "base")[-1].glob("*.distcp"):
         part.write_bytes(part.read_bytes()[:1000])
     for stage in "base", "jam":
-        assert f"{checkpoints(out, 'base')[-1]}: cannot be read (" in ends(
+        assert f"{checkpoints(out, 'base')[-1]}: cannot be read, delete it (" in ends(
             out, "--stage", stage, "--steps", 9)
     settings = json.loads((out / "settings.json").read_text())
     (out / "settings.json").write_text(json.dumps({**settings, "version": 2}))
