@@ -389,10 +389,13 @@ def test_two_processes_equal_one(finished, tmp_path):
 
 # ---------------------------------------------------------------- starting points, dry run
 
-def test_init_takes_the_tae_and_each_stage_its_own_dit(finished, begun, tmp_path, finishes, ends):
+def test_init_takes_the_tae_and_each_stage_its_own_dit(finished, begun, tmp_path, finishes, ends,
+                                                       monkeypatch):
     out, file = tmp_path / "run", torch.load(finished / "model.pt")
+    # a batch of 3 in 2 parts: it is not trained
+    monkeypatch.setitem(train.DEFAULTS["tiny"], "tae", (3, 1e-3, 3))
     assert "captions of more than 24 bytes are cut" in finishes(
-        out, "--init", finished / "model.pt", "--sigma", ".6")
+        out, "--init", finished / "model.pt", "--sigma", ".6", "--accumulate", 2)
     assert equal(torch.load(out / "tae.pt")["state"], file["tae"])
     assert not checkpoints(out, "tae") and checkpoint(out, "jam")["origin"].startswith("its own of")
     assert VideoJAM.load(out / "model.pt").config.sigma == .6       # the run's, not the file's
