@@ -123,6 +123,11 @@ def make(path, *options):
                    check=True)
     return path
 
+def make_varying(path, source="testsrc2=s=64x64:r=30:d=1.2,select='lt(n,12)+not(mod(n,6))'"):
+    """A video whose rate varies: 16 frames in 1.2 s, which the header calls 23 a second."""
+    return make(path, source, "-fps_mode", "passthrough", "-enc_time_base", "1/1000", "-pix_fmt",
+                "yuv420p", "-crf", "1")
+
 # ---------------------------------------------------------------- runs of train.py
 
 def use_tiny_preset(patch, steps=3, clips=32):
@@ -170,8 +175,7 @@ def checkpoint(out, stage):
     return {**state, **json.loads((last / "status.json").read_text())}
 
 def logged(out, stage):
-    """A stage's losses in metrics.jsonl, the last row of each step: a killed run repeats some.
-    What it tore is passed over."""
+    """A stage's losses in metrics.jsonl: the last row of each step, and no row that a kill tore."""
     found = {}
     for line in (out / "metrics.jsonl").read_text().splitlines():
         with contextlib.suppress(ValueError):

@@ -122,11 +122,6 @@ def test_checkpoints_move_to_another_number_of_processes(tmp_path):
 
 # ---------------------------------------------------------------- many files
 
-def resident():
-    """MB of memory that this process has."""
-    pages = int(open("/proc/self/statm").read().split()[1])
-    return pages * os.sysconf("SC_PAGESIZE") / 1e6
-
 def test_memory_is_flat_over_1000_clips(tmp_path):
     """Of 20 videos of a bright bar that moves."""
     for i in range(20):
@@ -142,7 +137,8 @@ def test_memory_is_flat_over_1000_clips(tmp_path):
     seen, start = [], time.time()
     for video, *_ in data.Prefetcher(dataset.read, parts, 4):
         assert len(video) == 10
-        seen.append(resident())
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        seen.append(pages * os.sysconf("SC_PAGESIZE") / 1e6)            # MB that are in memory
     print(f"\n1,000 clips of 640 x 480 in {time.time() - start:.0f} s; memory after 100, 500 and "
           f"1,000: {seen[9]:.0f}, {seen[49]:.0f}, {seen[99]:.0f} MB")
     assert np.median(seen[-20:]) < np.median(seen[10:30]) + 50        # all clips kept: 150 MB more
@@ -178,8 +174,7 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
                                                  reason="no C++ compiler")),
     pytest.param("cuda", marks=gpu)))
 def test_compiled_blocks_have_the_gradients_of_plain_ones(device):
-    """In the dtype and the widths that `train.py` takes here: a compiler's mistakes depend on both,
-    and on the CPU."""
+    """In train.py's dtype and widths here: a compiler's mistakes depend on both, and on the CPU."""
     preset, y = PRESETS["toy"], tokenize(["a red square moves left", "", "a", "a star"])
     config = dataclasses.replace(preset.dit, depth=1, text_depth=1)
     x1, y, gradients = torch.randn(4, *preset.latent_shape()).to(device), y.to(device), []

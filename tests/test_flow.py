@@ -1,6 +1,5 @@
 """pytest tests/test_flow.py: Eq. 5, RAFT, flow of files."""
 import functools
-import itertools
 import math
 import os
 
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make, takes_no_bad_weights, write_clip
+from conftest import make_varying, takes_no_bad_weights, write_clip
 
 import common
 import flow as script
@@ -18,9 +17,6 @@ from flow import RAFT, correlation_pyramid, estimate_flow, flow_to_rgb, look_up,
 from synthetic import HELD_OUT, sprite_clip, sprite_clips
 
 # ---------------------------------------------------------------- Eq. 5
-
-def uniform_flow(u, v, H=30, W=40):
-    return torch.tensor([u, v], dtype=torch.float64).view(2, 1, 1).expand(2, H, W)
 
 @pytest.mark.parametrize("u, v, rgb", [
     (0, 0, (1, 1, 1)),                                  # still is white
@@ -32,7 +28,8 @@ def uniform_flow(u, v, H=30, W=40):
     (0, 7.5, (.5, 1, 0)), (0, -7.5, (.5, 0, 1)),        # down and up
 ])
 def test_flow_to_rgb_colours(u, v, rgb):
-    colour = flow_to_rgb(uniform_flow(u, v))
+    flow = torch.tensor([u, v], dtype=torch.float64).view(2, 1, 1).expand(2, 30, 40)
+    colour = flow_to_rgb(flow)
     torch.testing.assert_close(colour[:, 3, 5], torch.tensor(rgb, dtype=torch.float64))
     assert colour.shape == (3, 30, 40)
 
@@ -83,7 +80,8 @@ def test_raft_takes_frames_of_any_size(raft, H, W):
     assert flows[-1].isfinite().all()
 
 @pytest.mark.parametrize("H, W, scale", [
-    (64, 64, 4), (64, 100, 4), (128, 130, 2), (150, 257, 256 / 150), (300, 260, 1)])
+    (64, 64, 4), (64, 100, 4), (128, 130, 2), (150, 257, 256 / 150), (300, 260, 1),
+    (2160, 3840, math.sqrt(2 ** 19 / (2160 * 3840)))])          # memory does not grow with it
 def test_raft_flow_is_in_px_of_the_frame(raft, H, W, scale):
     """One cell is 8 px of the frame that the network sees."""
     (h, w), (left, right, top, bottom) = RAFT.layout(H, W)
@@ -158,19 +156,11 @@ def test_flow_of_a_video_in_chunks_equals_whole(tmp_path, run, capfd, monkeypatc
         assert capfd.readouterr().out == printed
 
 def test_flow_has_the_files_own_frames_and_lasts_as_long(tmp_path, run, monkeypatch):
-    """A rate that varies: 16 frames in 1.2 s, which the header calls 23 a second."""
     monkeypatch.setattr(script, "estimate_flow", lambda raft, video: 0 * video[:, :, :2])
-    make(path := tmp_path / "a.mp4", "testsrc2=s=64x64:r=30:d=1.2,select='lt(n,12)+not(mod(n,6))'",
-         "-fps_mode", "passthrough", "-enc_time_base", "1/1000", "-pix_fmt", "yuv420p")
-    out = tmp_path / "flow.MP4"
+    path, out = make_varying(tmp_path / "a.mp4"), tmp_path / "flow.MP4"
     assert run(script.main, path, "--out", out)[0] == 0
     count, rate = common.frames_and_rate(out)
     assert count == 16 and count / rate == pytest.approx(1.2, abs=.02)
-
-def test_memory_for_flow_does_not_grow_with_the_size_of_frames():
-    sizes = (64, 64), (540, 960), (2160, 3840)
-    cells = [(h // 8) * (w // 8) for (h, w), _ in itertools.starmap(RAFT.layout, sizes)]
-    assert cells[0] == 32 * 32 and max(cells) <= 2 ** 13
 
 def test_bad_input_is_one_line(tmp_path, refuses, monkeypatch):
     write_clip(path := tmp_path / "a.mp4", np.zeros((1, 32, 32, 3), np.uint8), 8)

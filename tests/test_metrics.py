@@ -61,21 +61,15 @@ def test_score_clips_accepts_real_clips(real):
                                         "single_motion_ok")) and row["error"] < .7, row
         assert row["held_out"] == scene["held_out"]
 
-def test_score_clips_rejects_reversed_motion(real):
-    for row in score_clips(real[0].flip(1), real[1]):
+def test_score_clips_rejects_reversed_motion_a_missing_sprite_and_other_colours(real):
+    (video, scenes), colours = real, list(COLOURS)
+    for row in score_clips(video.flip(1), scenes):
         assert row["detected"] and row["shape"]
         assert row["kind"] == "swing" or not row["motion_ok"], row      # a swing is one backwards
-
-def test_score_clips_rejects_a_sprite_missing_in_one_frame(real):
-    for row in score_clips(spoil(real[0]), real[1]):
-        assert not row["detected"] and not row["motion_ok"] and row["error"] is None, row
-
-def test_score_clips_rejects_other_colours(real):
-    colours = list(COLOURS)
     others = [{**scene, "sprites": [{**s, "colour": colours[(colours.index(s["colour"]) + 1) % 6]}]}
-              for scene in real[1] for s in scene["sprites"]]
-    for row in score_clips(real[0], others):
-        assert not row["detected"] and not row["motion_ok"], row
+              for scene in scenes for s in scene["sprites"]]
+    for row in score_clips(spoil(video), scenes) + score_clips(video, others):
+        assert not row["detected"] and not row["motion_ok"] and row["error"] is None, row
 
 def test_score_clips_tells_two_sprites_from_one(real):
     video, shifted = real[0], real[0].roll(24, -1)      # a second one, 24 px to the right

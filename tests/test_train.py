@@ -6,7 +6,6 @@ import shutil
 import signal
 import socket
 import sys
-import types
 from unittest.mock import Mock
 
 import imageio.v3 as iio
@@ -22,8 +21,7 @@ from data import Latents, Sprites
 from train import STAGES
 from videojam import TAE, DiT, VideoJAM, tokenize
 
-GENERATE, EXPECTED_TIME, SHOW_PREVIEW = (VideoJAM.generate, train.print_expected_time,
-                                         train.show_preview)
+EXPECTED_TIME, SHOW_PREVIEW = train.print_expected_time, train.show_preview
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny():
@@ -38,8 +36,6 @@ def finished(tiny, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "show_preview", lambda run, stage, step: (
             step == 3 and SHOW_PREVIEW(run, stage, step)))
-        patch.setattr(VideoJAM, "generate", lambda model, prompts, **_: GENERATE(
-            model, prompts, steps=2))
         patch.setattr(sys, "argv", ["train.py", *train_flags(out)])
         train.main()
     return out
@@ -101,28 +97,22 @@ def test_one_command_writes_checkpoints_previews_metrics_and_model(finished, uni
             assert equal(dict(dit.state_dict()), {k: v.half().float() for k, v in ema.items()})
     assert not [path for path in finished.rglob(".*") if path.name != ".metadata"]      # (DCP's)
 
-def test_tae_is_the_average_with_whitened_latents(finished, uninterrupted):
-    state, tae = uninterrupted["tae"], TAE(TINY.tae)
+def test_tae_is_the_average_and_its_white_latents_are_made_once(finished, uninterrupted, finishes):
+    state, tae, dataset = uninterrupted["tae"], TAE(TINY.tae), Sprites(TINY, .2)
     assert not equal(state["model"], state["ema"])
     tae.load_state_dict(torch.load(finished / "tae.pt")["state"])
     assert equal(dict(tae.named_parameters()), state["ema"])
-    dataset = Sprites(TINY, .2)
-    video, _, flow, _ = dataset.read(range(train.WHITENING_CLIPS))
-    for motion, clips in enumerate((video, dataset.motion(video, flow))):
-        latent = tae.encode(clips, bool(motion)).detach().transpose(0, 1).flatten(1)
-        torch.testing.assert_close(latent.mean(1), torch.zeros(4), atol=.05, rtol=0)
-        assert latent.std() == pytest.approx(1, abs=.05)
-
-def test_latents_are_those_of_the_clips_and_are_made_once(finished, finishes):
-    tae, dataset, folder = TAE(TINY.tae), Sprites(TINY, .2), finished / "latents"
-    tae.load_state_dict(torch.load(finished / "tae.pt")["state"])
+    folder, clips = finished / "latents", range(train.WHITENING_CLIPS)
     latents = Latents(folder, dataset)
-    assert len(latents.captions) == 32
-    x, d, y = latents.batch([21, 3], TINY.dit.max_bytes)
-    video, captions, flow, _ = dataset.read([21, 3])
-    expected = tae.encode(video), tae.encode(dataset.motion(video, flow), True)
-    torch.testing.assert_close((x, d), expected, atol=2e-3, rtol=2e-3)          # kept in fp16
+    assert len(latents.captions) == len(clips) == 32
+    *encoded, y = latents.batch(clips, TINY.dit.max_bytes)
+    video, captions, flow, _ = dataset.read(clips)
     assert torch.equal(y, tokenize(captions, TINY.dit.max_bytes))
+    for motion, seen in enumerate((video, dataset.motion(video, flow))):
+        latent = tae.encode(seen, bool(motion)).detach()
+        torch.testing.assert_close(encoded[motion], latent, atol=2e-3, rtol=2e-3)   # kept in fp16
+        torch.testing.assert_close(latent.mean((0, 2, 3, 4)), torch.zeros(4), atol=.05, rtol=0)
+        assert latent.std() == pytest.approx(1, abs=.05)
     before = {path: path.stat().st_mtime_ns for path in folder.glob("0*")}
     finishes(finished, "--stage", "encode")
     assert before == {path: path.stat().st_mtime_ns for path in folder.glob("0*")}
@@ -163,9 +153,9 @@ def test_summarize_means_by_bin_and_without_what_does_not_apply():
 
 def test_jam_begins_as_the_base_with_add_motion(finished, uninterrupted, begun, finishes,
                                                 tmp_path, monkeypatch):
-    """From the base stage, in full precision, and from a model file that has a base alone."""
-    seen = []
-    monkeypatch.setattr(train, "train_loop", lambda run, stage: seen.append(stage.model))
+    """From base, in full precision, and from a model file's base alone; new rows learn faster."""
+    seen, C = [], TINY.dit.channels
+    monkeypatch.setattr(train, "train_loop", lambda run, stage: seen.append(stage))
     monkeypatch.setattr(train.Run, "export", lambda run: None)
     file = torch.load(finished / "model.pt")
     torch.save({**file, "dits": {"base": file["dits"]["base"]}}, tmp_path / "base.pt")
@@ -178,7 +168,13 @@ def test_jam_begins_as_the_base_with_add_motion(finished, uninterrupted, begun, 
         finishes(out, "--stage", "jam", *more)
         expected = DiT(TINY.dit)
         expected.load_state_dict(weights)
-        assert equal(dict(seen[i].state_dict()), dict(expected.add_motion().state_dict()))
+        model, scale = seen[i].model, seen[i].lr_scale
+        assert equal(dict(model.state_dict()), dict(expected.add_motion().state_dict()))
+        for weight, axis in ((model.W_in.weight, 1), (model.W_out.weight, 0)):
+            factors = torch.ones_like(weight)               # patches are (offset, [x, d], C)
+            factors.unflatten(axis, (-1, 2, C)).select(axis + 1, 1).fill_(train.MOTION_LR_SCALE)
+            assert torch.equal(scale.pop(weight), factors)
+        assert not scale
 
 def test_learning_rate_falls_at_the_end_and_steps_that_are_not_finite_are_skipped(
         begun, finishes, ends, watched, monkeypatch):
@@ -205,15 +201,6 @@ def test_learning_rate_falls_at_the_end_and_steps_that_are_not_finite_are_skippe
     for state in (checkpoint(out, "base"), checkpoint(ten, "base")):
         assert all(weight.isfinite().all() for weight in state["model"].values())
 
-def test_new_rows_of_motion_learn_faster():
-    model, C = DiT(TINY.dit).add_motion(), TINY.dit.channels
-    scale = train.motion_lr_scale(model, C)
-    for weight, axis in ((model.W_in.weight, 1), (model.W_out.weight, 0)):
-        expected = torch.ones_like(weight)              # patches are (offset, [x, d], C)
-        expected.unflatten(axis, (-1, 2, C)).select(axis + 1, 1).fill_(train.MOTION_LR_SCALE)
-        assert torch.equal(scale.pop(weight), expected)
-    assert not scale
-
 def test_raft_is_a_stage_that_resumes_to_the_bit(tmp_path, run, monkeypatch):
     monkeypatch.setattr(train.RAFTStage, "iters", 1)
     monkeypatch.setattr(train, "training_pairs", lambda step, batch:
@@ -238,11 +225,15 @@ def test_raft_is_a_stage_that_resumes_to_the_bit(tmp_path, run, monkeypatch):
 class PowerCut(BaseException):
     """Nobody catches this: the process is gone."""
 
-def power_cut():
+def power_cut(*_, **__):
     raise PowerCut
 
-def ctrl_c():
+def ctrl_c(*_, **__):
     signal.raise_signal(signal.SIGINT)
+
+def full_disk(_, checkpoint_id):
+    (checkpoint_id / "half").mkdir(parents=True)
+    raise OSError(28, "No space left on device")
 
 def breaks_at(monkeypatch, owner, name, call, how):
     """The call-th call of owner.name is interrupted before it does anything."""
@@ -250,7 +241,7 @@ def breaks_at(monkeypatch, owner, name, call, how):
 
     def wrapped(*args, **options):
         if next(calls) == call:
-            how()
+            how(*args, **options)
         return original(*args, **options)
 
     monkeypatch.setattr(owner, name, wrapped)
@@ -260,7 +251,8 @@ def breaks_at(monkeypatch, owner, name, call, how):
     ("tae", TAE, "fit_whitening", 2, ctrl_c),
     ("jam", train, "joint_loss", 2, ctrl_c),
     ("jam", train, "get_ema_multi_avg_fn", 2, power_cut),
-    ("jam", train, "show_preview", 2, power_cut)])
+    ("jam", train, "show_preview", 2, power_cut),
+    ("jam", train.dcp, "save", 2, full_disk)])
 def test_interrupted_anywhere_and_resumed_ends_the_same_to_the_bit(
         finished, uninterrupted, begun, run, finishes, monkeypatch, stage, owner, name, call, how):
     out = begun(stage)
@@ -269,12 +261,14 @@ def test_interrupted_anywhere_and_resumed_ends_the_same_to_the_bit(
         breaks_at(patch, owner, name, call, how)
         try:
             code, _, err = run(train.main, *train_flags(out, "--stage", stage))
-            assert how is ctrl_c
+            assert how is not power_cut
             if owner is TAE:                        # after the last step: nothing to wait for
                 assert code == 130
-            else:                                   # the step is done and saved
+            else:                                   # the last checkpoint is whole
                 step = checkpoint(out, stage)["step"]
-                assert code == 2 and f"stopped at step {step} of {stage}" in err
+                line = {ctrl_c: f"stopped at step {step} of {stage}", full_disk:
+                        f"No space left on device; the checkpoint of step {step} is whole"}[how]
+                assert code == 2 and line in err
         except PowerCut:                            # the row that was being written is torn
             with open(out / "metrics.jsonl", "a") as file:
                 file.write('{"stage": "ta\n')
@@ -290,7 +284,7 @@ def test_a_second_signal_aborts_unless_it_is_torchruns_echo(begun, run, quick, m
     out, clock = begun("jam"), train.time.time
     handlers = [signal.default_int_handler, signal.getsignal(signal.SIGTERM)]
 
-    def twice():
+    def twice(*_, **__):
         signal.raise_signal(number)
         monkeypatch.setattr(train.time, "time", lambda: clock() + apart)
         signal.raise_signal(number)
@@ -319,19 +313,6 @@ def test_a_finished_stage_is_left_alone_and_can_be_made_longer(finished, tmp_pat
     assert "control is left out" in printed
     assert set(torch.load(out / "model.pt")["dits"]) == {"jam", "base"}
 
-def test_unfinished_stages_are_refused_by_the_next(begun, ends):
-    out = begun("jam")
-    status = checkpoints(out, "base")[-1] / "status.json"
-    whole = status.read_text()
-    status.write_text(json.dumps({**json.loads(whole), "of": 9}))
-    assert "has 3 of 9 steps of base, run --stage base first" in ends(out, "--stage", "jam")
-    status.write_text(whole.replace('"lr"', '"l"'))
-    assert "status.json: damaged" in ends(out, "--stage", "base")
-    status.write_text(whole)
-    (out / "latents/000001.json").unlink()
-    assert "encode has done 1 of 2 shards of latents, run --stage encode first" in ends(
-        out, "--stage", "jam")
-
 def test_half_written_checkpoints_are_never_resumed_from_nor_kept(finished, uninterrupted, begun,
                                                                   finishes):
     out = begun("jam")
@@ -344,31 +325,6 @@ def test_half_written_checkpoints_are_never_resumed_from_nor_kept(finished, unin
     assert [row["step"] for row in logged(out, "jam")] == [3]
     assert equal(checkpoint(out, "jam"), uninterrupted["jam"])
     assert [path.name for path in checkpoints(out, "jam")] == ["jam-000000002", "jam-000000003"]
-
-def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(uninterrupted, begun, finishes, ends,
-                                                            monkeypatch):
-    out, original = begun("jam"), train.dcp.save
-
-    def full(state, checkpoint_id, **options):
-        original(state, checkpoint_id=checkpoint_id, **options)
-        if checkpoint_id.name == "jam-000000002":
-            (checkpoint_id / ".metadata").unlink()
-            raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train.dcp, "save", full)
-        assert "No space left on device; the checkpoint of step 1 is whole" in ends(
-            out, "--stage", "jam")
-    assert [path.name for path in checkpoints(out, "jam")] == ["jam-000000001"]
-    finishes(out, "--stage", "jam")
-    assert equal(checkpoint(out, "jam"), uninterrupted["jam"])
-
-def test_a_preview_that_fails_does_not_end_the_run(begun, run, monkeypatch):
-    monkeypatch.setattr(train.DiTStage, "preview", Mock(side_effect=MemoryError("3 GiB")))
-    out = begun("jam")
-    code, printed, err = run(train.main, *train_flags(out, "--stage", "jam", "--steps", 1))
-    assert code == 0 and "no preview of step 1: 3 GiB" in printed, err
-    assert (out / "model.pt").exists()
 
 # ---------------------------------------------------------------- several processes
 
@@ -416,9 +372,8 @@ def test_init_takes_the_tae_and_each_stage_its_own_dit(finished, begun, tmp_path
 def test_the_expected_time_is_that_of_the_steps_that_are_left(finished, tmp_path, monkeypatch,
                                                               capfd):
     """At 1 FLOP a second and half of it used: 2 seconds a FLOP."""
-    timer = types.SimpleNamespace(blocked_autorange=lambda: types.SimpleNamespace(
-        median=2 * 1024 ** 3))
-    monkeypatch.setattr(train, "Timer", lambda *_, **__: timer)
+    monkeypatch.setattr(train, "Timer", timer := Mock())
+    timer().blocked_autorange().median = 2 * 1024 ** 3
     monkeypatch.setattr(train, "step_flops", lambda preset: {"tae": 1, "encode": 2, "base": 3,
                                                              "jam": 4, "control": 5})
     for out, minutes in ((tmp_path, 2 * (3 * 4 + 32 * 2 + 3 * 4 * (3 + 4 + 5)) / 60),
@@ -484,8 +439,15 @@ def test_stages_say_what_they_lack_and_make_nothing(tmp_path, ends):
     (tmp_path / "file").write_text("")
     assert "Not a directory" in ends(tmp_path / "file/run")
 
-def test_damaged_files_and_latents_without_their_tae_are_refused(begun, ends):
+def test_unfinished_stages_and_damaged_files_are_refused(begun, ends):
     out = begun("jam")
+    status = checkpoints(out, "base")[-1] / "status.json"
+    whole = status.read_text()
+    status.write_text(json.dumps({**json.loads(whole), "of": 9}))
+    assert "has 3 of 9 steps of base, run --stage base first" in ends(out, "--stage", "jam")
+    status.write_text(whole.replace('"lr"', '"l"'))
+    assert "status.json: damaged" in ends(out, "--stage", "base")
+    status.write_text(whole)
     tae = (out / "tae.pt").read_bytes()
     (out / "tae.pt").unlink()
     for stage in ("tae", "encode", "jam"):
@@ -501,6 +463,9 @@ def test_damaged_files_and_latents_without_their_tae_are_refused(begun, ends):
     for stage in "base", "jam":
         assert f"{checkpoints(out, 'base')[-1]}: cannot be read, delete it (" in ends(
             out, "--stage", stage, "--steps", 9)
+    (out / "latents/000001.json").unlink()
+    assert "encode has done 1 of 2 shards of latents, run --stage encode first" in ends(
+        out, "--stage", "jam")
     settings = json.loads((out / "settings.json").read_text())
     (out / "settings.json").write_text(json.dumps({**settings, "version": 2}))
     assert f"begun with version 2, not {train.VERSION}: take another --out" in ends(out)

@@ -15,35 +15,23 @@ from conftest import use_tiny_preset
 import common
 import train
 
-def told(phase, name, function, after="step"):
-    """The function, telling before and after a call what the run is at."""
+def told(phase, name, function):
+    """The function, telling what the run is at: `name` during a call, "step" after it."""
     def call(*args, **options):
         phase.write_text(name)
         result = function(*args, **options)
-        phase.write_text(after)
+        phase.write_text("step")
         return result
     return call
 
-def tell_phases(phase):
-    with open(f"{phase}.ranks", "a") as file:
-        file.write(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT')} {os.getpid()}\n")
-    train.CHECKPOINT_SECONDS = .3
-    train.encode = told(phase, "encode", train.encode)
-    train.train_loop = told(phase, "step", train.train_loop)
-    train.Run.save = told(phase, "save", train.Run.save)
-
-def use_large_preset():
-    """The paper's 4b with two blocks of 32, one step a stage: it fits on one GPU."""
-    preset = train.PRESETS["4b"]
-    two_blocks = dataclasses.replace(preset.dit, depth=2)
-    train.PRESETS["tiny"] = dataclasses.replace(preset, dit=two_blocks)
-    train.DEFAULTS["tiny"] = {"encode": (4, 0, 1), **dict.fromkeys(("tae", "base", "jam"),
-                                                                    (1, 1e-4, 2))}
-    train.SHARD, train.WHITENING_CLIPS = 2, 1
-
 if __name__ == "__main__":
-    if "TINY_LARGE" in os.environ:
-        use_large_preset()
+    if "TINY_LARGE" in os.environ:      # the paper's 4b with two blocks of 32: it fits on one GPU
+        preset = train.PRESETS["4b"]
+        two_blocks = dataclasses.replace(preset.dit, depth=2)
+        train.PRESETS["tiny"] = dataclasses.replace(preset, dit=two_blocks)
+        train.DEFAULTS["tiny"] = {"encode": (4, 0, 1), **dict.fromkeys(("tae", "base", "jam"),
+                                                                        (1, 1e-4, 2))}
+        train.SHARD, train.WHITENING_CLIPS = 2, 1
     else:
         use_tiny_preset(pytest.MonkeyPatch(), int(os.environ["TINY_STEPS"]),
                         int(os.environ["TINY_CLIPS"]))
@@ -52,6 +40,12 @@ if __name__ == "__main__":
         common.fast_dtype = lambda device: torch.float32
     train.STAGES = os.environ.get("TINY_STAGES", " ".join(train.STAGES)).split()
     if "TINY_PHASE" in os.environ:
-        tell_phases(Path(os.environ["TINY_PHASE"]))
+        phase = Path(os.environ["TINY_PHASE"])
+        with open(f"{phase}.ranks", "a") as file:
+            file.write(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT')} {os.getpid()}\n")
+        train.CHECKPOINT_SECONDS = .3
+        train.encode = told(phase, "encode", train.encode)
+        train.train_loop = told(phase, "step", train.train_loop)
+        train.Run.save = told(phase, "save", train.Run.save)
     sys.argv[0] = "train.py"
     common.report_errors(train.main)
