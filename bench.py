@@ -351,7 +351,7 @@ def svg(label, curves, scale, width=640, height=320):
     x0, x1, y0, y1 = min(xs), max(xs), min(ys), max(ys)
 
     def at(x, y):
-        return (f"{50 + (x - x0) / (x1 - x0 or 1) * (width - 60):.1f},"
+        return (f"{50 + (x - x0) / (x1 - x0 or 1) * (width - 80):.1f},"
                 f"{height - 40 - (y - y0) / (y1 - y0 or 1) * (height - 60):.1f}")
 
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
