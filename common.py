@@ -164,7 +164,7 @@ def video_header(path):
 
 def open_video(path, filters="", before=(), after=("-fps_mode", "passthrough")):
     """Yields a video's frames, (3, H, W) uint8: all of them, unless ffmpeg's options before and
-    after its input say otherwise; upright, of square pixels, HDR as standard range. ValueError."""
+    after its input say otherwise; upright, square pixels, standard range. ValueError: broken."""
     ffmpeg()
     chain, hdr = SQUARE + "," * bool(filters) + filters, False
 
@@ -188,7 +188,7 @@ def open_video(path, filters="", before=(), after=("-fps_mode", "passthrough")):
 
 def frames_and_rate(path):
     """How many frames a video file's picture has, and how many a second on average, by decoding it:
-    headers count the sound too, and have another rate where it varies. ValueError: cannot be."""
+    headers count the sound too, and have another rate where it varies. ValueError: undecodable."""
     rate = video_header(path)["fps"]
     try:
         count, seconds = imageio_ffmpeg.count_frames_and_secs(str(Path(path).absolute()))

@@ -416,7 +416,7 @@ def find_guidance(mode, has_motion):
 
 def guided_velocity(model, x, d, t, y, w1=5., w2=3., mode="inner", null=None):
     """The guided velocity of [x, d], each (B, C, ...), at time t -> u (B, 2C, ...). All terms run
-    in one batch, but for those of weight 0. d = None: without motion, u (B, C, ...). ValueError."""
+    in one batch, but for those of weight 0. d = None: u (B, C, ...). ValueError: its mode."""
     null = drop_text(y, torch.ones(len(x), dtype=torch.bool, device=x.device), null)
     terms = [term for term in find_guidance(mode, d is not None).terms(w1, w2) if term[0] != 0]
     z = [x if d is None else torch.cat([x, d if with_d else torch.zeros_like(d)], 1)
