@@ -60,6 +60,14 @@ def test_read_clip_shows_what_the_file_shows_at_each_time(tmp_path, fps, start, 
     shown = 8 * ((start + torch.arange(count)) * fps / 8).floor()       # ramp: 8 brighter a frame
     torch.testing.assert_close(video.float().mean((1, 2, 3)), shown, atol=3, rtol=0)
 
+def test_read_clip_takes_the_middle_square(tmp_path):
+    frames = np.zeros((8, 32, 64, 3), np.uint8)
+    frames[:, :, 16:48] = 200                               # what is beside it is black
+    write_clip(tmp_path / "a.mp4", frames, 8)
+    video = read_clip(tmp_path / "a.mp4", 0, 4, 8, 16).float()
+    torch.testing.assert_close(video[..., 2:-2], torch.full_like(video[..., 2:-2], 200), atol=4,
+                               rtol=0)
+
 @pytest.mark.skipif(not CLIPS.is_dir(), reason="the real clips are not part of the project")
 def test_real_clips_are_read_to_their_end():
     for name, seconds in {"cityCC0.mpg": 190 / 25, "bikes.mp4": 250 / 25}.items():
@@ -238,7 +246,6 @@ def test_a_circle_of_pixels_that_are_not_square_is_round(tmp_path, name, size, s
         inside = frame[0] > 128
         width, height = inside.any(0).sum().item(), inside.any(1).sum().item()
         assert abs(width / height - 1) < .03 and height > 60
-        assert abs(inside.any(0).nonzero().double().mean() - frame.shape[-1] / 2) < 2   # the middle
 
 @pytest.mark.parametrize("curve, white", [("smpte2084", .5807), ("arib-std-b67", .75)])
 def test_hdrs_white_is_white(tmp_path, curve, white):

@@ -80,7 +80,7 @@ def test_raft_takes_frames_of_any_size(raft, H, W):
     assert flows[-1].isfinite().all()
 
 @pytest.mark.parametrize("H, W, scale", [
-    (64, 64, 4), (64, 100, 4), (128, 130, 2), (150, 257, 256 / 150), (300, 260, 1),
+    (64, 64, 4), (64, 100, 4), (128, 130, 2), (150, 257, 256 / 150), (300, 260, 1), (540, 960, 1),
     (2160, 3840, math.sqrt(2 ** 19 / (2160 * 3840)))])          # memory does not grow with it
 def test_raft_flow_is_in_px_of_the_frame(raft, H, W, scale):
     """One cell is 8 px of the frame that the network sees."""
