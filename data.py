@@ -136,7 +136,8 @@ def examine(path, caption, preset, known):
         raise ValueError("its caption is not UTF-8")
     if not os.path.isfile(path):                # Path.is_file raises for a name that is too long
         raise ValueError("no such file")
-    stamp = [path.stat().st_size, path.stat().st_mtime_ns, preset.fps, preset.frames]
+    status = path.stat()
+    stamp = [status.st_size, status.st_mtime_ns, preset.fps, preset.frames]
     entry = {"caption": caption, "stamp": stamp}
     if entry.items() <= known.items():
         return known
