@@ -1,4 +1,4 @@
-"""The paper's experiments on the sprite world, each with a control that the paper does not have.
+"""The paper's experiments on the sprite world, with controls that the paper does not have.
 
     python bench.py                         all of them (--quick for a look): runs/bench/report.html
     python bench.py compare --n 500         one of motivation, compare, ablation, sdedit
@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -268,7 +269,10 @@ def judge(args, dose, target, seed):
     if not path.exists():
         flags = {"--appearance": dose, "--target": target, "--seed": seed, "--out": run}
         command = [sys.executable, ROOT / "train.py", *itertools.chain(*flags.items())]
-        if subprocess.run([*map(str, command)]).returncode:
+        ours = signal.signal(signal.SIGINT, lambda *_: None)    # train.py ends its step on Ctrl-C
+        code = subprocess.run([*map(str, command)]).returncode
+        signal.signal(signal.SIGINT, ours)
+        if code:
             raise ValueError(f"{run}: not trained to its end; the same command goes on")
         e = Evaluator(argparse.Namespace(**{**vars(args), "run": run}))
         scores = {name: score_clips(e.sample(which)[0], e.scenes)

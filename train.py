@@ -1,10 +1,10 @@
 """Trains VideoJAM: an auto-encoder, a base model, its VideoJAM fine-tuning, and a fair control.
 
     python train.py                             the sprite world, every stage
-    python train.py --data FOLDER               own videos: data.py says how to lay them out
+    python train.py --data FOLDER               own videos: find_videos in data.py says how
     python train.py --stage jam --steps 5000    one stage; a finished stage gets longer
     python train.py --stage raft                RAFT, from nothing, on scenes with exact flow
-    torchrun --nproc_per_node=8 train.py --preset 4b --data FOLDER      the same on many GPUs
+    torchrun --nproc_per_node=8 train.py --preset 4b --accumulate 4 --data FOLDER   on many GPUs
     python train.py --preset 30b --gpus 256 --dry-run                   what that would take
 
 Stages: tae; encode (latents of videos and of their RGB flow); base (Eq. 3); jam (Eq. 6, from the

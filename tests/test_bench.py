@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -54,12 +55,15 @@ def test_premise_trains_and_judges_each_world_once(model_folder, run, tmp_path, 
         world = dataclasses.replace(preset, appearance=float(trained[-1][0]), target=trained[-1][1])
         (out := Path(flags["--out"])).mkdir()
         write_model_file(out / "model.pt", world, tae, dits)
+        if len(trained) == 4:
+            signal.raise_signal(signal.SIGINT)          # Ctrl-C reaches both processes
         return subprocess.CompletedProcess(command, 2 if len(trained) == 4 else 0)
 
     monkeypatch.setattr(bench.subprocess, "run", train)
     flags = "premise", "--n", 3, "--steps", 1, "--out", tmp_path / "out"
     code, said, err = run(bench.main, *flags)
     assert code == 2 and "1-shuffled-7: not trained to its end" in err and "3 of 4 train" in said
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     shutil.rmtree(tmp_path / "out/1-shuffled-7")
     code, said, err = run(bench.main, *flags)
     assert not code and "4 of 4 trainings" in said, err
