@@ -149,8 +149,9 @@ def examine(path, caption, preset, known):
 
 def decode(path, first, frames, fps, size, before=()):
     """What can be decoded of read_clip's frames, a list. before: ffmpeg's options."""
+    H, W = np.broadcast_to(size, 2)
     filters = (f"fps={fps}:round=up:start_time=0,tpad=stop=1:stop_mode=clone,format=rgb24,"
-               f"scale={size}:{size}:force_original_aspect_ratio=increase,crop={size}:{size}")
+               f"scale={W}:{H}:force_original_aspect_ratio=increase,crop={W}:{H}")
     clip, shown = [], open_video(path, filters, before, ["-frames:v", str(first + frames)])
     ffmpeg()                                    # its absence is no fault of the file
     with contextlib.suppress(ValueError):
@@ -158,8 +159,8 @@ def decode(path, first, frames, fps, size, before=()):
     return clip
 
 def read_clip(path, start, frames, fps, size):
-    """(frames, 3, size, size) uint8: frame k is what the file shows at (start + k) / fps seconds,
-    scaled, its middle square. ValueError where it cannot be decoded."""
+    """(frames, 3, H, W) uint8: frame k is what the file shows at (start + k) / fps seconds, scaled,
+    its middle. size: (H, W), or one number for both. ValueError where it cannot be decoded."""
     # from the last key frame before the start; some decoders need the file's first frame, and show
     # grey and green without it: then from the beginning
     seek = ["-xerror", "-err_detect", "explode", "-noaccurate_seek", "-ss", f"{start / fps:.4f}"]
@@ -254,7 +255,7 @@ class Folder:
 
     def prepare(self, limit, workers):
         """Writes the first frames of the videos and their RGB flow, about `limit` in all, of one a
-        quarter of that at most, and opens them: {name: (2, n, 3, size, size) uint8}."""
+        quarter of that at most, and opens them: {name: (2, n, 3, H, W) uint8}."""
         T, S, fps, wanted, paths = self.preset.frames, self.preset.size, self.preset.fps, {}, {}
         for name in sorted(self.videos, key=lambda name: zlib.crc32(os.fsencode(name))):
             if sum(wanted.values()) < limit:
@@ -301,7 +302,7 @@ class Folder:
         return video["caption"] if video and video["stamp"][0] == size else None
 
     def clip(self, key):
-        """Frames (T, 3, size, size) uint8; motion or None; caption. ValueError: not decoded."""
+        """Frames (T, 3, H, W) uint8; motion or None; caption. ValueError: not decoded."""
         (name, start, _), T, motion = key, self.preset.frames, None
         if name in self.prepared and start + T <= self.prepared[name].shape[1]:
             video, motion = torch.from_numpy(self.prepared[name][:, start:start + T].copy())

@@ -68,6 +68,15 @@ def test_read_clip_takes_the_middle_square(tmp_path):
     torch.testing.assert_close(video[..., 2:-2], torch.full_like(video[..., 2:-2], 200), atol=4,
                                rtol=0)
 
+def test_read_clip_takes_the_middle_of_another_shape(tmp_path):
+    frames = np.zeros((8, 64, 64, 3), np.uint8)
+    frames[:, 16:48] = 200                                  # what is above and below it is black
+    write_clip(tmp_path / "a.mp4", frames, 8)
+    video = read_clip(tmp_path / "a.mp4", 0, 4, 8, (16, 32)).float()
+    assert video.shape == (4, 3, 16, 32)
+    torch.testing.assert_close(video[..., 1:-1, :], torch.full_like(video[..., 1:-1, :], 200),
+                               atol=4, rtol=0)
+
 @pytest.mark.skipif(not CLIPS.is_dir(), reason="the real clips are not part of the project")
 def test_real_clips_are_read_to_their_end():
     for name, seconds in {"cityCC0.mpg": 190 / 25, "bikes.mp4": 250 / 25}.items():
