@@ -102,7 +102,6 @@ def output_files(args, prompts):
 def write_samples(args, prompts, model, base=None):
     """Writes --n samples of each prompt by a VideoJAM, beside those of a base model if given."""
     files = output_files(args, prompts)
-    print_hints(args.run, prompts, model.config.dit.max_bytes)
     began, prompts = time.time(), [prompt for prompt in prompts for _ in range(args.n)]
     for start in range(0, len(prompts), 16):            # written as they are made
         some = prompts[start:start + 16]
@@ -114,7 +113,8 @@ def write_samples(args, prompts, model, base=None):
             mode = args.guidance if args.guidance in WITHOUT_MOTION else None
             shown.insert(0, base.generate(some, mode=mode, progress="base", **options)[0])
         for path, prompt, *parts in zip(files[start:], some, *shown):
-            write_video(path, grid(torch.stack(parts)), model.config.fps, args.upscale)
+            picture = grid(torch.stack(parts)) if len(parts) > 1 else parts[0]
+            write_video(path, picture, model.config.fps, args.upscale)
             print(f"{path}: {prompt!r}")
     what = ["base"] * bool(base) + [args.which] + ["its motion"] * args.motion
     print(f"{len(files)} of {' | '.join(what)} in {time.time() - began:.1f} s")
@@ -126,6 +126,7 @@ def main():
     if args.motion and not model.dit.config.motion:
         raise ValueError(f"--motion: the {args.which} model predicts no motion")
     base = VideoJAM.load(weights, "base", device) if args.compare else None
+    print_hints(args.run, prompts, model.config.dit.max_bytes)
     write_samples(args, prompts, model, base)
 
 if __name__ == "__main__":

@@ -39,14 +39,14 @@ def generated(model_folder):
     return lambda prompts, which="jam", **options: load(which).generate(prompts, 3, **options)
 
 def picture(*videos):
-    """Videos (T, 3, H, W) from left to right, each in a white frame."""
-    return torch.cat([grid(video[None]) for video in videos], -1)
+    """Videos (T, 3, H, W) from left to right, several each in a white frame."""
+    return torch.cat([grid(video[None]) for video in videos], -1) if videos[1:] else videos[0]
 
 @pytest.mark.parametrize("out", ("a.mp4", "a.gif", "12:30.mp4"))    # ffmpeg's protocols have colons
 def test_writes_the_file_asked_for_and_prints_its_name(draw, out):
     written, said = draw(PROMPT, out=out)
     assert list(written) == os.listdir() == [out] and out in said
-    assert iio.imread(Path(out).absolute()).shape == (TINY.frames, 18, 18, 3)
+    assert iio.imread(Path(out).absolute()).shape == (TINY.frames, 16, 16, 3)
     if out == "a.gif":                                                  # it lasts 620 of 625 ms
         durations = [iio.immeta(out, index=k)["duration"] for k in range(TINY.frames)]
         assert sum(durations) == 620 and set(durations) == {120, 130}
@@ -98,7 +98,7 @@ def test_default_name_is_the_prompt_and_never_another_samples(run, model_folder)
         assert code == 0 and "outputs/" in said, err
     names = sorted(path.name for path in Path().rglob("*") if path.is_file())
     assert names == ["a-red-square.mp4", *(f"video{k}.mp4" for k in ("-2", "-3", "-4", ""))]
-    assert 200 < iio.imread("outputs/video.mp4").shape[2] < 300         # small ones are enlarged
+    assert iio.imread("outputs/video.mp4").shape[1:3] == (256, 256)     # small ones are enlarged
 
 def test_out_makes_its_folder_and_a_folder_gets_vbenchs_names(draw, generated):
     written, _ = draw(PROMPT, "a/b", "--n", 2, out="new/folder")
