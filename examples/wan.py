@@ -6,10 +6,11 @@
     python examples/wan.py sample DIR "a dog runs along a beach"
     python examples/wan.py train --tiny && python examples/wan.py sample --tiny "a red square"
 
-It is train.py and sample.py with other models: their flags, the layout of FOLDER, and resuming are
-the same. --tiny: the same lines with a random model of two layers, on a CPU in a minute. At the end
-DIR/transformer is there, which WanTransformer3DModel.from_pretrained loads: weights averaged over
-the last steps, and in them the adapters of --lora (which needs peft).
+It is train.py (stage jam, clip by clip) and sample.py with other models: their flags, the layout of
+FOLDER, and resuming are the same. Without --steps it trains as long as the paper's 4B, 50,000 steps
+of 32 clips. --tiny: the same lines with a random model of two layers, on a CPU in a minute. At the
+end DIR/transformer is there, which `sample` and WanTransformer3DModel.from_pretrained load: weights
+averaged over the last steps, and in them the adapters of --lora (which needs peft).
 """
 import argparse
 import functools
@@ -88,17 +89,15 @@ class DiT(videojam.DiT):
 class TAE(torch.nn.Module):
     """Wan's VAE as a TAE of videojam.py, in fp32. scale: mean and deviation of the latents of
     video, the VAE's own, and of motion."""
-    def __init__(self, vae, size):
+    def __init__(self, vae):
         super().__init__()
-        c, self.vae, self.size = vae.config, vae, size
+        c, self.vae = vae.config, vae
         own = torch.tensor([c.latents_mean, c.latents_std])[..., None, None, None]
         self.scale = [own, torch.tensor([0., 1.])]
 
     @torch.no_grad()
     def encode(self, video, motion=False):
-        """Squares (B, T, 3, S, S) -> latents (B, C, T', H', W') of their middle."""
-        (H, W), S = self.size, video.shape[-1]
-        video = video[..., (S - H) // 2:, (S - W) // 2:][..., :H, :W]
+        """Videos (B, T, 3, H, W) -> latents (B, C, T', H', W')."""
         mean, deviation = self.scale[motion].to(video.device)
         with autocast(video.device, torch.float32):
             z = self.vae.encode(video.transpose(1, 2) * 2 - 1).latent_dist.mode()
@@ -125,13 +124,15 @@ class WanRun(train.Run):
         if T % 4 != 1 or H % 16 or W % 16:
             raise ValueError(f"{T} frames of {args.size}: Wan's VAE takes 4n + 1 frames, such as "
                              f"{T // 4 * 4 + 1}, and --size sides that are multiples of 16")
+        if args.command == "train" and not args.data and H != W:
+            raise ValueError(f"--size {args.size}: without --data clips are square")
         self.settings |= {name: vars(args)[name] for name in SETTINGS}
         if args.command == "train" and (path := self.out / "settings.json").is_file():
             train.refuse_changes(self.out, read_json(path), self.settings)
         vae = load(AutoencoderKLWan, args.model, subfolder="vae", dtype=torch.float32)
-        self.vae, C = TAE(vae, (H, W)).to(self.device), vae.config.z_dim
+        self.vae, C = TAE(vae).to(self.device), vae.config.z_dim
         self.preset = SimpleNamespace(
-            **self.choices, frames=T, fps=16, size=max(H, W),
+            **self.choices, frames=T, fps=16, size=(H, W) if args.data else H,
             dit=SimpleNamespace(channels=C, max_bytes=2 ** 16),
             latent_shape=lambda: (C, (T + 3) // 4, H // 8, W // 8))
 
@@ -261,13 +262,13 @@ def sample_videos(own, flags):
     folder, *flags = ["runs/wan-tiny"] * own.tiny + flags or ["DIR"]
     settings = read_json(Path(folder, "settings.json"), *SETTINGS)
     vars(own).update({name: settings[name] for name in SETTINGS})
-    run = WanRun(own, ["--out", folder])
+    sys.argv[1:] = ["--run", folder, *flags]
+    args = sample.parse()
+    if args.compare or args.which != "jam":
+        raise ValueError(f"--compare, --which {args.which}: {folder} has VideoJAM's weights alone")
+    run = WanRun(own, ["--out", folder, *(["--device", args.device] if args.device else [])])
     wan = load(WanTransformer3DModel, run.out / "transformer", dtype=run.args.precision)
     model = VideoJAM(run.preset, run.tae(), DiT(run, wan.to(run.device)))
-    sys.argv[1:] = ["--run", folder, "--motion", *flags]
-    args = sample.parse()
-    if args.compare:
-        raise ValueError(f"--compare: {folder} has no base model")
     sample.write_samples(args, sample.read_prompts(args), model)
 
 def main():
