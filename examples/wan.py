@@ -15,6 +15,7 @@ averaged over the last steps, and in them the adapters of --lora (which needs pe
 import argparse
 import functools
 import hashlib
+import importlib.util
 import re
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from diffusers.utils import logging
 
@@ -40,7 +42,7 @@ TINY = {WanTransformer3DModel: {
             "text_dim": 32, "freq_dim": 32, "ffn_dim": 48, "num_layers": 2},
         AutoencoderKLWan: {"base_dim": 4, "z_dim": 4, "dim_mult": [1] * 4, "num_res_blocks": 1,
                            "latents_mean": [0.] * 4, "latents_std": [1.] * 4}}
-FLAGS = "--preset 4b --t-shift 3 --no-compile"
+FLAGS = "--preset 4b --t-shift 3 --no-compile --prepare 2000"       # 5 GB
 TINY_FLAGS = "--out runs/wan-tiny --steps 20 --lr 1e-3 --batch 4 --no-activation-checkpointing"
 ADAPTED = ["to_q", "to_k", "to_v", "to_out.0"]              # the layers that get LoRA's adapters
 SETTINGS = "model", "size", "frames", "lora"
@@ -118,14 +120,17 @@ class WanRun(train.Run):
         args = argparse.Namespace(**{**vars(train.parse()), **vars(own)})
         if own.command == "train" and not (args.data or own.tiny):
             raise ValueError("no videos: --data FOLDER")
-        args.device = join_processes(args.device)
+        join_processes(args.device)
         super().__init__(args)
         T, (H, W) = args.frames, map(int, (*re.findall(r"\d+", args.size), 1, 1)[:2])
         if T % 4 != 1 or H % 16 or W % 16:
             raise ValueError(f"{T} frames of {args.size}: Wan's VAE takes 4n + 1 frames, such as "
                              f"{T // 4 * 4 + 1}, and --size sides that are multiples of 16")
-        if args.command == "train" and not args.data and H != W:
-            raise ValueError(f"--size {args.size}: without --data clips are square")
+        if args.command == "train":
+            if args.lora and not importlib.util.find_spec("peft"):
+                raise ValueError("--lora needs peft: pip install peft")
+            if not args.data and H != W:
+                raise ValueError(f"--size {args.size}: without --data clips are square")
         self.settings |= {name: vars(args)[name] for name in SETTINGS}
         if args.command == "train" and (path := self.out / "settings.json").is_file():
             train.refuse_changes(self.out, read_json(path), self.settings)
@@ -172,8 +177,11 @@ class WanRun(train.Run):
         path = self.out / f"texts/{hashlib.md5(prompt.encode()).hexdigest()}.pt"
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
-            write_tensors(path, {"kind": "text", "y": self.text_encoder(prompt)})
-        return read_tensors(path, "text")["y"].float()
+            y = self.text_encoder(prompt)
+            words = y[:y.any(1).sum()].clone()              # the rest is zero, and megabytes
+            write_tensors(path, {"kind": "text", "y": words, "length": len(y)})
+        text = read_tensors(path, "text")
+        return F.pad(text["y"].float(), (0, 0, 0, text["length"] - len(text["y"])))
 
     def build(self, dtype):
         """Wan with motion (Sec. 4.2), checked, on the CPU. With --lora its adapters and two layers

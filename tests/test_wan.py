@@ -5,6 +5,7 @@ import re
 import shutil
 import socket
 import sys
+from types import SimpleNamespace
 
 import imageio.v3 as iio
 import pytest
@@ -209,6 +210,22 @@ def test_tiny_in_two_processes_is_as_in_one(trained, tmp_path):
                           .state_dict() for out in (trained, tmp_path))
         assert_close(sharded, whole, rtol=0, atol=1e-4)
         shutil.rmtree(checkpoints(tmp_path, "jam")[-1])         # the last step again
+
+def test_texts_are_kept_without_their_zeros(tmp_path):
+    y = torch.randn(40, 8)
+    y[3:] = 0
+    run = SimpleNamespace(out=tmp_path, text_encoder=lambda prompt: y)
+    for _ in range(2):                                      # written, then read
+        assert torch.equal(wan.WanRun.prompt_embedding.__wrapped__(run, "a cat"), y)
+        run.text_encoder = None
+    (file,) = tmp_path.glob("texts/*.pt")
+    assert torch.load(file)["y"].shape == (3, 8)
+
+def test_lora_without_peft_is_refused(refuses, tmp_path, monkeypatch):
+    monkeypatch.setattr(wan.importlib.util, "find_spec", lambda name: None)
+    assert "--lora needs peft" in refuses(wan.main, "train", "--tiny", "--lora", 2, "--out",
+                                          tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 def test_tiny_with_lora_becomes_plain_weights(run, tmp_path):
     pytest.importorskip("peft")
