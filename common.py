@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -192,7 +193,7 @@ def frames_and_rate(path):
     rate = video_header(path)["fps"]
     try:
         count, seconds = imageio_ffmpeg.count_frames_and_secs(str(Path(path).absolute()))
-    except RuntimeError:
+    except (RuntimeError, ValueError):          # a file without frames
         raise ValueError("cannot be decoded") from None
     average = count / seconds if seconds else rate
     return count, rate if abs(average - rate) < .01 * rate else average
@@ -241,8 +242,13 @@ def keep_freed_memory():
         mallopt(M_MMAP_THRESHOLD, 2 ** 25)                  # the largest that old versions take
 
 def device_of(name):
-    """The torch.device of --device, by default a GPU if there is one. ValueError if absent."""
+    """The torch.device of --device or the default; torchrun's processes have one GPU each."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and "LOCAL_RANK" in os.environ:
+        name, count = f"cuda:{os.environ['LOCAL_RANK']}", torch.cuda.device_count()
+        if int(os.environ["LOCAL_RANK"]) >= count:
+            raise ValueError(f"this machine has {count} GPUs: --nproc_per_node={count} at most")
+        torch.cuda.set_device(name)
     try:
         number = torch.zeros(1, device=name)
         number.cpu()                            # fails for "meta"
@@ -264,8 +270,9 @@ def autocast(device, dtype=None):
     return torch.autocast(torch.device(device).type, torch.bfloat16, dtype == torch.bfloat16)
 
 def can_compile(device):
-    """Whether torch.compile works here: on a CPU it needs a C++ compiler."""
-    return device.type != "cpu" or shutil.which(os.environ.get("CXX", "g++")) is not None
+    """Whether torch.compile works here: on a CPU it needs a C++ compiler and Python's headers."""
+    return device.type != "cpu" or bool(shutil.which(os.environ.get("CXX", "g++"))) and \
+        Path(sysconfig.get_path("include"), "Python.h").exists()
 
 def compile_layers(dit):
     """torch.compile for each layer of a DiT: training on a CPU gets twice as fast."""
@@ -288,19 +295,11 @@ def print0(text):
         tqdm.write(text)
 
 def join_processes(device):
-    """Joins the processes that torchrun started, if it did. Returns this process's own device."""
-    if "RANK" not in os.environ:
-        return device
-    if device.type == "cuda":
-        local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local >= count:
-            raise ValueError(f"this machine has {count} GPUs: --nproc_per_node={count} at most")
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
-    # hours, because all wait while rank 0 examines a folder or renders a preview
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                            timeout=datetime.timedelta(hours=12))
-    return device
+    """Joins the processes that torchrun started, if it did."""
+    if "RANK" in os.environ:
+        # hours, because all wait while rank 0 examines a folder or renders a preview
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=datetime.timedelta(hours=12))
 
 def barrier():
     if dist.is_initialized():

@@ -67,6 +67,23 @@ def test_grid_has_a_column_per_clip_and_a_row_per_argument():
     assert picture.shape == (2, 3, 12, 18) and (picture[:, :, 0] == 1).all()    # a white frame
     assert (picture[:, :, 1:5, 7:11] == 0).all() and (picture[:, :, 7:11, 7:11] == .5).all()
 
+def test_torchruns_processes_have_a_gpu_each(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", Mock())
+    for rank, complaint in ("2", "--nproc_per_node=2 at most"), ("1", "--device cuda:1: take"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        monkeypatch.setattr(torch, "zeros", Mock(side_effect=RuntimeError("no GPU")))
+        with pytest.raises(ValueError, match=complaint):
+            common.device_of("cuda")
+    torch.cuda.set_device.assert_called_once_with("cuda:1")         # before anything is on cuda:0
+
+def test_compiling_on_a_cpu_needs_a_compiler_and_pythons_headers(tmp_path, monkeypatch):
+    monkeypatch.setattr(common.sysconfig, "get_path", lambda name: str(tmp_path))
+    for compiler, headers in ((None, True), ("g++", False), ("g++", True)):
+        monkeypatch.setattr(common.shutil, "which", lambda name: compiler)
+        (tmp_path / "Python.h").touch() if headers else (tmp_path / "Python.h").unlink()
+        assert common.can_compile(torch.device("cpu")) == bool(compiler and headers)
+
 @pytest.mark.parametrize("dtype, tolerance", ((torch.bfloat16, 1e-6), (torch.float32, .02)))
 def test_muon_matches_torch(dtype, tolerance, monkeypatch):
     monkeypatch.setattr(common, "fast_dtype", lambda device: dtype)
