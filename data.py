@@ -123,12 +123,12 @@ def video_seconds(path):
     seconds = video_header(path)["duration"]
     if not seconds or not is_shown(seconds - .5) or is_shown(seconds + .2):
         frames, rate = frames_and_rate(path)    # the header counts longer sound, or is wrong
-        seconds = frames / rate
+        seconds = frames / (rate or 1)
     return seconds
 
 def examine(path, caption, preset, known):
-    """A video's {caption, stamp, frames at the preset's rate}; or `known`, an earlier result, if
-    nothing has changed. ValueError says why it cannot be used."""
+    """A video's {caption, stamp, frames at the preset's rate or the reason why it is too short}; or
+    `known`, an earlier result, if nothing has changed. ValueError: it cannot be used."""
     caption = " ".join(caption.split()) if isinstance(caption, str) else ""
     if not caption:
         raise ValueError("no caption")
@@ -143,9 +143,8 @@ def examine(path, caption, preset, known):
         return known
     seconds = video_seconds(path)
     frames = int(seconds * preset.fps + .1)
-    if frames < preset.frames:
-        raise ValueError(f"too short: {seconds:.1f} s, needs {preset.frames / preset.fps:.1f} s")
-    return {**entry, "frames": frames}
+    short = f"too short: {seconds:.1f} s, needs {preset.frames / preset.fps:.1f} s"
+    return {**entry, **({"reason": short} if frames < preset.frames else {"frames": frames})}
 
 def decode(path, first, frames, fps, size, before=()):
     """What can be decoded of read_clip's frames, a list. before: ffmpeg's options."""
@@ -278,9 +277,9 @@ class Folder:
                     both = torch.stack([torch.stack(video), torch.stack([*rgb, rgb[-1]])]).numpy()
                     write_file(paths[name], lambda temporary: np.save(temporary, both))
         barrier()
-        self.prepared = {name: np.load(path, mmap_mode="r") for name, path in paths.items()
-                         if path.exists()}
-        done = sum(both.shape[1] for both in self.prepared.values())
+        self.prepared = {name: (path, np.load(path, mmap_mode="r").shape[1])      # not kept open,
+                         for name, path in paths.items() if path.exists()}      # there are many
+        done = sum(frames for _, frames in self.prepared.values())
         if done < (of := sum(video["frames"] for video in self.videos.values())):
             print0(f"{done} of {of} frames, of {len(self.prepared)} of {len(self.videos)} videos, "
                    "have their flow: --prepare takes more"
@@ -290,7 +289,7 @@ class Folder:
         """n clips of each video, or all there are, at random offsets."""
         keys = []
         for name, video in self.videos.items():
-            frames = self.prepared[name].shape[1] if name in self.prepared else 0
+            _, frames = self.prepared.get(name, (None, 0))
             room = (video["frames"] if self.takes_all else frames) - self.preset.frames + 1
             starts = np.random.default_rng(zlib.crc32(os.fsencode(name))).permutation(max(0, room))
             keys += [(name, int(start), video["stamp"][0]) for start in starts[:n]]
@@ -304,8 +303,10 @@ class Folder:
     def clip(self, key):
         """Frames (T, 3, H, W) uint8; motion or None; caption. ValueError: not decoded."""
         (name, start, _), T, motion = key, self.preset.frames, None
-        if name in self.prepared and start + T <= self.prepared[name].shape[1]:
-            video, motion = torch.from_numpy(self.prepared[name][:, start:start + T].copy())
+        path, frames = self.prepared.get(name, (None, 0))
+        if start + T <= frames:
+            both = np.load(path, mmap_mode="r")[:, start:start + T].copy()
+            video, motion = torch.from_numpy(both)
             motion[-1] = motion[-2]             # as of every clip, the last flow is repeated
         else:
             video = read_clip(self.folder / name, start, T, self.preset.fps, self.preset.size)
@@ -348,23 +349,24 @@ class Latents:
     are the dataset's of now; clips whose video is gone or has changed are left out."""
     def __init__(self, folder, dataset):
         self.folder, self.captions, self.places, self.skipped = folder, [], [], {}
-        self.changed = 0                        # captions that are not encode's any more
+        self.changed = 0                        # clips whose caption or video is not encode's
         self.shards = sorted(path.stem for path in folder.glob("[0-9]*.json"))
         for shard in self.shards:
             content = read_json(folder / f"{shard}.json", "keys", "captions", "skipped")
             self.skipped |= content["skipped"]
             for row, old in enumerate(zip(content["keys"], content["captions"])):
-                if (caption := dataset.caption(*old)) is not None:
-                    self.changed += caption != old[1]
+                caption = dataset.caption(*old)
+                self.changed += caption != old[1]
+                if caption is not None:
                     self.captions.append(caption)
                     self.places.append((shard, row))
-        self.open = functools.lru_cache(512)(self.open)         # each keeps a file open
+        self.open = functools.lru_cache(64)(self.open)          # each keeps a file open
 
     def open(self, shard, kind):
         path = self.folder / f"{shard}.{kind}.npy"
         try:
             return np.load(path, mmap_mode="r")
-        except (OSError, ValueError, EOFError):
+        except (FileNotFoundError, ValueError, EOFError):
             raise ValueError(f"{path}: damaged, delete {shard}.json, run --stage encode") from None
 
     def batch(self, indices, max_bytes):

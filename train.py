@@ -99,7 +99,7 @@ def load_checkpoint(state, path, alone=False):
         cause = next((cause for cause, _ in getattr(error, "failures", {}).values()), error)
         if isinstance(cause, KeyboardInterrupt):
             raise cause from None
-        raise ValueError(f"{path}: cannot be read, delete it ({one_line(repr(cause))})") from None
+        raise ValueError(f"{path}: cannot be read; delete if damaged ({cause!r:.200})") from None
 
 def refuse_changes(path, before, settings):
     """ValueError where something was begun with other settings than these."""
@@ -151,7 +151,7 @@ class Run:
         for folder in ("previews", "latents", "checkpoints"):
             (self.out / folder).mkdir(parents=True, exist_ok=True)
         if rank() == 0:
-            for torn in self.out.rglob(".*.part*"):             # what killed processes left
+            for torn in self.out.rglob(".*.[0-9]*.part*"):             # what killed processes left
                 torn.unlink()
             write_text(self.out / "settings.json", json.dumps(self.settings, indent=1))
             if self.given and not (self.out / "tae.pt").exists():
@@ -428,7 +428,7 @@ def train_loop(run, stage):
     args, name, trainer = run.args, stage.name, Trainer(run, stage)
     first, steps, batch = trainer.step, trainer.steps, trainer.batch
     if first >= steps:
-        return print0(f"{name}: {first} steps are done already")
+        return print0(f"{name}: {run.finished(name)[1]} steps are done already")
     size = sum(weight.numel() for weight in trainer.weights.values()) / 1e6
     print0(f"{name}: {steps} steps, lr {trainer.lr:g}, batch {batch} on {world_size()} {run.device}"
            f", {str(args.precision)[6:]}, {size:.2f} M parameters, {stage.settings or ''}")
@@ -694,8 +694,8 @@ def finished_latents(run):
         raise ValueError(f"{run.out}: encode has done {len(latents.shards)} of "
                          f"{len(shards) or 'all'} shards of latents, run --stage encode first")
     if latents.changed or new:
-        print0(f"since encode the captions of {latents.changed} clips have changed, they are taken "
-               f"as they are now; {len(new)} clips are new, --stage encode takes them in")
+        print0(f"since encode the captions of {latents.changed} clips have changed, or videos "
+               f"are gone; {len(new)} clips are new, --stage encode takes them in")
     return latents
 
 # ---------------------------------------------------------------- stage raft
@@ -708,9 +708,11 @@ class RAFTStage:
         self.run, args = run, run.args
         torch.manual_seed(args.seed)
         raft = RAFT.load(args.init).requires_grad_(True) if args.init else RAFT()
-        self.model = distribute(raft.to(memory_format=torch.channels_last), run)
+        self.model = distribute(raft, run)
         if dist.is_initialized():
             fsdp.register_fsdp_forward_method(self.model, "flows")
+        else:                                   # FSDP2 takes contiguous weights alone
+            self.model.to(memory_format=torch.channels_last)
         self.settings = {"weights": args.init}
         self.batch = run.hyperparameters("raft")[2]
 
@@ -869,7 +871,7 @@ def main():
     if args.dry_run:
         return dry_run(args)
     keep_freed_memory()
-    args.device = join_processes(args.device)
+    join_processes(args.device)
     run = Run(args)
     run.check()
     run.create()

@@ -184,8 +184,11 @@ def test_only_changed_videos_are_opened_again(captioned, tmp_path, monkeypatch):
     first = opened(captioned, tmp_path / "run").videos
     assert sorted(opened_now) == ["a.mp4", "b.mp4"] and len(first) == 2
     write_clip(captioned / "a.mp4", ramp(13), 8)
-    again = opened(captioned, tmp_path / "run").videos
-    assert opened_now[2:] == ["a.mp4"]
+    write_clip(captioned / "c.mp4", ramp(1), 8)                 # too short
+    (captioned / "c.txt").write_text("c")
+    for _ in range(2):
+        again = opened(captioned, tmp_path / "run").videos
+        assert sorted(opened_now[2:]) == ["a.mp4", "c.mp4"] and len(again) == 2
     assert [again[name]["frames"] for name in ("a.mp4", "inside/b.mp4")] == [13, 12]
     slow = opened(captioned, tmp_path / "run", dataclasses.replace(TINY, fps=4)).videos
     assert [slow[name]["frames"] for name in ("a.mp4", "inside/b.mp4")] == [6, 6]
@@ -219,6 +222,9 @@ def test_flow_is_estimated_once_and_for_as_many_frames_as_are_asked_for(captione
     monkeypatch.setattr(data, "stream_flow", None)              # none of it twice
     again = opened(captioned, tmp_path / "run", limit=32)
     assert all(map(torch.equal, again.read(some.order)[2], some.read(some.order)[2]))
+    if os.path.isdir("/proc/self/fd"):          # of thousands of files none stays open
+        there = [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
+        assert not any(name.endswith(".npy") for name in there)
 
 @pytest.mark.parametrize("files, complaint", [
     ({"metadata.csv": ""}, "needs rows with file_name and one of text, caption, prompt"),
@@ -395,3 +401,6 @@ def test_a_folder_goes_through_all_stages_if_previews_fail(captioned, tmp_path, 
     assert code == 0, err
     assert "since encode the captions of 8 clips have changed" in printed
     assert "8 clips are new, --stage encode takes them in" in printed
+    (moved / "c.mp4").unlink()                              # nor is what is missing passed over
+    code, printed, err = run(train.main, *flags, moved, "--stage", "base", "--steps", 2)
+    assert code == 0 and "of 16 clips have changed, or videos are gone" in printed, err

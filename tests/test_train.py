@@ -445,6 +445,7 @@ def test_unfinished_stages_and_damaged_files_are_refused(begun, ends):
     whole = status.read_text()
     status.write_text(json.dumps({**json.loads(whole), "of": 9}))
     assert "has 3 of 9 steps of base, run --stage base first" in ends(out, "--stage", "jam")
+    assert "has 3 of 9 steps of base" in ends(out, "--stage", "base", "--steps", 2)     # fewer
     status.write_text(whole.replace('"lr"', '"l"'))
     assert "status.json: damaged" in ends(out, "--stage", "base")
     status.write_text(whole)
@@ -461,7 +462,7 @@ def test_unfinished_stages_and_damaged_files_are_refused(begun, ends):
     for part in checkpoints(out, "base")[-1].glob("*.distcp"):
         part.write_bytes(part.read_bytes()[:1000])
     for stage in "base", "jam":
-        assert f"{checkpoints(out, 'base')[-1]}: cannot be read, delete it (" in ends(
+        assert f"{checkpoints(out, 'base')[-1]}: cannot be read; delete if damaged (" in ends(
             out, "--stage", stage, "--steps", 9)
     (out / "latents/000001.json").unlink()
     assert "encode has done 1 of 2 shards of latents, run --stage encode first" in ends(
