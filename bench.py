@@ -157,11 +157,10 @@ def motivation(e):
         levels.append([f"{which}: loss", *(cell(losses[k, 0]) for k in rows)])
         levels.append([f"{which}: rise, absolute", *(cell(differences[k]) for k in rows)])
         levels.append([f"{which}: rise %", *(cell(rises[k], 100) for k in rows)])
-    header = ["", *(f"step {k}, t = {times[k]:.3f}" for k in shown)]
     return {"about": "Rise of the appearance loss when a clip's frames are permuted; "
                      f"n = {n} clips, the same noise and permutation for every model. VideoJAM "
                      "sees the noised flow of the permuted clip too; with d = 0 it does not.",
-            "tables": [(header, levels)],
+            "tables": [(["", *(f"step {k}, t = {times[k]:.3f}" for k in shown)], levels)],
             "curves": [("relative rise %, by the sampler's step", relative, 100),
                        ("absolute rise, by the sampler's step", absolute, 1)]}
 
@@ -220,12 +219,11 @@ def ablation(e):
 @torch.no_grad()
 def sdedit(e):
     """Clips noised to steps 20, 60, 80 of 100 and sampled on from there."""
-    n, args, table = min(e.args.n, e.args.few), e.args, []
+    n, args, table, shown = min(e.args.n, e.args.few), e.args, [], []
     video, flow = (part[:n].to(e.device) for part in (e.video, e.flow))
     y = tokenize(e.captions[:n], e.config.dit.max_bytes).to(e.device)
     times = linear_quadratic(100).to(e.device)
     x1, d1, x0, d0 = e.latents(video, flow)
-    shown = [("the clip", video[:8].cpu())]
     exact = held_out_clips(n, e.config.frames, e.config.size)[1].to(e.device)   # whatever d shows
     truth = F.avg_pool2d(exact.flatten(0, 1), 8).flatten(1)
 
@@ -292,7 +290,10 @@ def premise_section(args, runs):
     means = {world: {name: list(map(mean_row, zip(*(run["scores"][name] for run in some))))
                      for name in MODELS.values()} for world, some in runs.items()}
     still = {world: 100 * some[0]["share"] for world, some in runs.items() if world[1] == "flow"}
-    targets = {target: of["VideoJAM"] for (dose, target), of in means.items() if dose == DOSES[-1]}
+    targets = {f"{target} over its control": [
+        {key: np.subtract(*np.array([a[key], b[key]], float)) for key in PAIRED}
+        for a, b in zip(of["VideoJAM"], of["control"])]
+        for (dose, target), of in means.items() if dose == DOSES[-1]}
     scores, gains, curves = {}, [], []
     for (dose, target), of in means.items():
         scores |= {f"{dose:g}, {target}: {name}": rows for name, rows in of.items()}
@@ -315,7 +316,7 @@ def premise_section(args, runs):
                      f"and --target. n = {args.n} held-out prompts, {args.steps} steps, w1 = "
                      f"{args.w1:g}, w2 = {args.w2:g}; 95% intervals over prompts, not trainings.",
             "tables": [score_table(scores, SCORES), (header, gains),
-                       *([paired_table(targets, "flow")] if len(targets) > 1 else [])],
+                       *([paired_table(targets, "flow over its control")] if len(targets) > 1 else [])],
             "curves": curves, "runs": [[*world, some] for world, some in runs.items()]}
 
 # ---------------------------------------------------------------- folders of anybody's videos
@@ -373,7 +374,6 @@ def svg(label, curves, scale, width=640, height=320):
 
 def report(out, sections, fps):
     """{name: section} -> results.json, report.md, report.html (self-contained), curves as .svg."""
-    out.mkdir(parents=True, exist_ok=True)
     text, page = ["# VideoJAM: experiments"], []
     for name, section in sections.items():
         last = len(text)

@@ -32,7 +32,7 @@ def test_every_experiment_writes_its_tables_and_a_page_that_holds_all(model_fold
     assert (tmp_path / "motivation-0.svg").read_text().count("<polyline") == 4
     for row in ("real clips", "through the TAE", "base", "control", "VideoJAM, w2 = 0",
                 "VideoJAM, w2 = 3", "d = 0 at inference", "InstructPix2Pix", "jam, step 60",
-                "jam, d = 0", "jam: loss", "jam: rise, absolute", "jam: rise %"):
+                "jam, d = 0: loss", "jam: loss", "jam: rise, absolute", "jam: rise %"):
         assert f"| {row} |" in said, row
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results) == {"motivation", "compare", "ablation", "sdedit"}
@@ -77,6 +77,14 @@ def test_premise_trains_and_judges_each_world_once(model_folder, run, tmp_path, 
     (row,) = [row for row in section["tables"][1][1] if row[0] == "1, flow, training 0: VideoJAM "
               "minus control"]
     assert row[1].startswith(f"{100 * gain:+.1f} [")
+    gains = [np.mean([a["shape"] - b["shape"] for a, b in zip(
+        *(some["scores"][name] for name in ("VideoJAM", "control")))])
+        for dose, target, (some,) in section["runs"] if dose == 1]
+    shape = section["tables"][2][0].index("named shape, points")
+    assert [(row[0], row[shape].split()[0]) for row in section["tables"][2][1]] == [
+        (f"{target} over its control minus flow over its control",
+         f"{100 * (other - gains[0]):+.1f}")
+        for target, other in zip(("mask", "shuffled"), gains[1:])]
     ((low, high), _) = section["curves"][0][1]["detected, points"]
     assert low < 60 and high > 90                       # % of the variance that stands still
     assert (tmp_path / "out/premise-3.svg").read_text().count("<polyline") == 4
