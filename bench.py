@@ -190,7 +190,7 @@ def compare(e):
               paired_table({name: results[name] for name in (alone, guided)}, alone),
               (["motion as named %", *counts], by_kind),
               ([f"the first {min(n, args.few)} prompts", *header[1:]], by_raft)]
-    return {"about": f"n = {n} held-out prompts ({len(set(e.captions))} different), {args.seeds} "
+    return {"about": f"n = {n} held-out clips, {len(set(e.captions))} prompts, {args.seeds} "
                      f"samples each, the same noise for every model, {args.steps} steps, w1 = "
                      f"{args.w1:g}; 95% intervals over prompts.",
             "tables": tables, "clips": results,
@@ -290,7 +290,7 @@ def premise_section(args, runs):
     means = {world: {name: list(map(mean_row, zip(*(run["scores"][name] for run in some))))
                      for name in MODELS.values()} for world, some in runs.items()}
     still = {world: 100 * some[0]["share"] for world, some in runs.items() if world[1] == "flow"}
-    targets = {f"{target} over its control": [
+    targets = {f"gain, {target}": [
         {key: np.subtract(*np.array([a[key], b[key]], float)) for key in PAIRED}
         for a, b in zip(of["VideoJAM"], of["control"])]
         for (dose, target), of in means.items() if dose == DOSES[-1]}
@@ -305,18 +305,18 @@ def premise_section(args, runs):
         lines = {PAIRED[key]: (list(still.values()), [difference(
             means[world]["VideoJAM"], means[world]["control"], key)[:3] for world in still])
             for key in keys}
-        label = "VideoJAM minus control, by % of the variance that stands still"
-        curves.append((label, lines, scale))
+        curves.append(("VideoJAM minus control, by % of variance that stands still", lines, scale))
     for dose, _ in sorted({min(still), max(still)}):
         label, *lines = runs[dose, "flow"][0]["fig3"]
         curves.append((f"appearance {dose:g}: {label}", *lines))
     shares = ", ".join(f"{share:.0f}%" for share in still.values())
     return {"about": f"{sum(map(len, runs.values()))} of {len(TRAININGS) * (len(DOSES) + 2)} "
                      f"trainings, by --appearance ({shares} of the variance of pixels stand still) "
-                     f"and --target. n = {args.n} held-out prompts, {args.steps} steps, w1 = "
-                     f"{args.w1:g}, w2 = {args.w2:g}; 95% intervals over prompts, not trainings.",
-            "tables": [score_table(scores, SCORES), (header, gains),
-                       *([paired_table(targets, "flow over its control")] if len(targets) > 1 else [])],
+                     f"and --target (gain: over its own control). n = {args.n} prompts of held-out "
+                     f"clips, {args.steps} steps, w1 = {args.w1:g}, w2 = {args.w2:g}; 95% "
+                     "intervals over prompts, not trainings.",
+            "tables": [score_table(scores, SCORES), (header, gains)]
+            + [paired_table(targets, "gain, flow")] * (len(targets) > 1),
             "curves": curves, "runs": [[*world, some] for world, some in runs.items()]}
 
 # ---------------------------------------------------------------- folders of anybody's videos

@@ -82,8 +82,7 @@ def test_premise_trains_and_judges_each_world_once(model_folder, run, tmp_path, 
         for dose, target, (some,) in section["runs"] if dose == 1]
     shape = section["tables"][2][0].index("named shape, points")
     assert [(row[0], row[shape].split()[0]) for row in section["tables"][2][1]] == [
-        (f"{target} over its control minus flow over its control",
-         f"{100 * (other - gains[0]):+.1f}")
+        (f"gain, {target} minus gain, flow", f"{100 * (other - gains[0]):+.1f}")
         for target, other in zip(("mask", "shuffled"), gains[1:])]
     ((low, high), _) = section["curves"][0][1]["detected, points"]
     assert low < 60 and high > 90                       # % of the variance that stands still
