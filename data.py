@@ -144,7 +144,7 @@ def examine(path, caption, preset, known):
     seconds = video_seconds(path)
     frames = int(seconds * preset.fps + .1)
     short = f"too short: {seconds:.1f} s, needs {preset.frames / preset.fps:.1f} s"
-    return {**entry, **({"reason": short} if frames < preset.frames else {"frames": frames})}
+    return entry | ({"frames": frames} if frames >= preset.frames else {"reason": short})
 
 def decode(path, first, frames, fps, size, before=()):
     """What can be decoded of read_clip's frames, a list. before: ffmpeg's options."""
@@ -254,7 +254,7 @@ class Folder:
 
     def prepare(self, limit, workers):
         """Writes the first frames of the videos and their RGB flow, about `limit` in all, of one a
-        quarter of that at most, and opens them: {name: (2, n, 3, H, W) uint8}."""
+        quarter of that at most, as (2, n, 3, H, W) uint8. `prepared`: {name: (file, n)}."""
         T, S, fps, wanted, paths = self.preset.frames, self.preset.size, self.preset.fps, {}, {}
         for name in sorted(self.videos, key=lambda name: zlib.crc32(os.fsencode(name))):
             if sum(wanted.values()) < limit:
@@ -277,8 +277,8 @@ class Folder:
                     both = torch.stack([torch.stack(video), torch.stack([*rgb, rgb[-1]])]).numpy()
                     write_file(paths[name], lambda temporary: np.save(temporary, both))
         barrier()
-        self.prepared = {name: (path, np.load(path, mmap_mode="r").shape[1])      # not kept open,
-                         for name, path in paths.items() if path.exists()}      # there are many
+        self.prepared = {name: (path, np.load(path, mmap_mode="r").shape[1])
+                         for name, path in paths.items() if path.exists()}
         done = sum(frames for _, frames in self.prepared.values())
         if done < (of := sum(video["frames"] for video in self.videos.values())):
             print0(f"{done} of {of} frames, of {len(self.prepared)} of {len(self.videos)} videos, "
@@ -304,7 +304,7 @@ class Folder:
         """Frames (T, 3, H, W) uint8; motion or None; caption. ValueError: not decoded."""
         (name, start, _), T, motion = key, self.preset.frames, None
         path, frames = self.prepared.get(name, (None, 0))
-        if start + T <= frames:
+        if start + T <= frames:                 # not kept open: there may be thousands
             both = np.load(path, mmap_mode="r")[:, start:start + T].copy()
             video, motion = torch.from_numpy(both)
             motion[-1] = motion[-2]             # as of every clip, the last flow is repeated

@@ -151,7 +151,7 @@ class Run:
         for folder in ("previews", "latents", "checkpoints"):
             (self.out / folder).mkdir(parents=True, exist_ok=True)
         if rank() == 0:
-            for torn in self.out.rglob(".*.[0-9]*.part*"):             # what killed processes left
+            for torn in self.out.rglob(".*.[0-9]*.part*"):      # what killed processes left
                 torn.unlink()
             write_text(self.out / "settings.json", json.dumps(self.settings, indent=1))
             if self.given and not (self.out / "tae.pt").exists():
