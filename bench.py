@@ -181,10 +181,9 @@ def compare(e):
                              share=True) for group in groups.values())]
                for name, rows in results.items()]
     counts = [f"{name} (n {sum(group)})" for name, group in groups.items()]
-    header, by_raft = score_table(
-        {name: [vbench(clip.to(e.device).unbind, e.config.fps, e.raft)
-                for clip in tqdm(video[:args.few], f"RAFT on {name}")]
-         for name, video in videos.items()}, VBENCH)
+    header, by_raft = score_table({name: [vbench(clip.to(e.device).unbind, e.config.fps, e.raft)
+                                          for clip in tqdm(video[:args.few], f"RAFT on {name}")]
+                                   for name, video in videos.items()}, VBENCH)
     tables = [score_table(results, SCORES),
               *([paired_table(results, "control")] if "control" in results else []),
               paired_table({name: results[name] for name in (alone, guided)}, alone),
@@ -203,15 +202,15 @@ def ablation(e):
     first = f"VideoJAM, w2 = {w2:g}"
     variants = {first: {}, "without text guidance": {"w1": 0.},
                 "without motion guidance": {"w2": 0.}, "d = 0 at inference": {"mode": "no-motion"},
-                "InstructPix2Pix": {"mode": "ip2p"}, "composable": {"mode": "composable"}}
+                "InstructPix2Pix": {"mode": "ip2p"}, "composable": {"mode": "composable"},
+                "w2 on u^x alone": {"mode": "inner-x"}}
     variants |= {f"w2 = {w:g}": {"w2": w} for w in (1., 2., 4., 6.) if w != w2}
     variants |= {f"w2 in the first {share}% of steps": {"motion_steps": steps * share / 100}
                  for share in (25, 75, 100)}
     rows = {name: score_clips(video, e.scenes) for name, video in e.upper_bounds.items()}
     rows |= {name: score_clips(e.sample(**options)[0], e.scenes)
              for name, options in variants.items()}
-    return {"about": f"n = {e.args.n} held-out clips' prompts, the same noise in every row. "
-                     "Composable guidance has its motion term in all steps.",
+    return {"about": f"n = {e.args.n} held-out prompts, the same noise; composable: w2 in all.",
             "tables": [score_table(rows, SCORES), paired_table(rows, first)], "clips": rows}
 
 # ---------------------------------------------------------------- App. B, Fig. 8: SDEdit
@@ -270,8 +269,7 @@ def judge(args, dose, target, seed):
         if code:
             raise ValueError(f"{run}: not trained to its end; the same command goes on")
         e = Evaluator(argparse.Namespace(**{**vars(args), "run": run}))
-        scores = {name: score_clips(e.sample(which)[0], e.scenes)
-                  for which, name in MODELS.items()}
+        scores = {name: score_clips(e.sample(which)[0], e.scenes) for which, name in MODELS.items()}
         write_text(path, json.dumps({"share": static_share(e.video), "scores": scores,
                                      "fig3": motivation(e)["curves"][0]}, default=list))
     return read_json(path, "share", "scores", "fig3")

@@ -337,10 +337,9 @@ class Folder:
         return self.training(range(n))
 
     def motion(self, video, motions):
-        return torch.stack([
-            flow_to_rgb(estimate_flow(self.raft, clip[None]), self.preset.sigma)[0]
-            if motion is None else motion.to(video.device) / 255
-            for clip, motion in zip(video, motions)])
+        return torch.stack([flow_to_rgb(estimate_flow(self.raft, clip[None]), self.preset.sigma)[0]
+                            if motion is None else motion.to(video.device) / 255
+                            for clip, motion in zip(video, motions)])
 
 # ---------------------------------------------------------------- latents, prefetching
 

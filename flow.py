@@ -111,8 +111,7 @@ class UpdateBlock(nn.Module):
         gru = self.recurrent_block["convgru1"].values()
         weight, bias = (torch.cat(parts) for parts in zip(*((g.weight, g.bias) for g in gru)))
         of_state, of_context, of_motion = weight.split([HIDDEN, CONTEXT, MOTION], 1)
-        return (torch.cat([of_state, of_motion], 1),
-                F.conv2d(context, of_context, bias, padding=1))
+        return torch.cat([of_state, of_motion], 1), F.conv2d(context, of_context, bias, padding=1)
 
     def forward(self, state, of_context, corr, flow):
         encoder, (weight, fixed) = self.motion_encoder, of_context

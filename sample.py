@@ -34,8 +34,7 @@ def parse():
     flag("--n", type=positive_int, default=1, help="samples of each prompt")
     flag("--seed", type=seed, default=0, help="of the first sample's noise")
     flag("--steps", type=positive_int, default=100)
-    flag("--emulated", type=positive_int, default=1000, help="the schedule's first half is as slow "
-         "as that of so many steps (default %(default)s)")
+    flag("--emulated", type=positive_int, default=1000, help="first half: steps of 1/EMULATED of t")
     flag("--w1", type=float, default=5, help="text guidance (default %(default)s)")
     flag("--w2", type=float, default=3, help="motion guidance (default %(default)s)")
     flag("--guidance", choices=GUIDANCE, help="default: inner (Eq. 8); without motion cfg")

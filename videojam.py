@@ -298,8 +298,7 @@ def initialize(modules):
             module.reset_parameters()
 
 # ---------------------------------------------------------------- Sec. 4.2: joint representation
-# nn.Linear keeps the paper's matrices transposed: rows of W_in are its weight's axis 1, columns of
-# W_out its axis 0.
+# nn.Linear keeps the paper's matrices transposed: W_in's rows are axis 1, W_out's columns axis 0
 
 CONVS = nn.Conv1d, nn.Conv2d, nn.Conv3d
 
@@ -383,6 +382,7 @@ class Guidance(NamedTuple):
     where motion is decided already (None: it stays)."""
     terms: Callable                     # (w1, w2) -> [(weight, with d?, with y?), ...]
     late_w2: float | None = 0.
+    w2_on_d: bool = True                # False: w2 acts on u^x alone
 
 WITHOUT_MOTION = "cfg", "none"          # modes for models without motion too: no term drops d
 # Eq. 7 weighs p(x, d | y) by p(y | x, d)^w1 and p(d | x, y)^w2; Eq. 8 says it with velocities:
@@ -405,6 +405,8 @@ GUIDANCE = {
     "composable": Guidance(lambda w1, w2: [
         (1 - w1 - w2, False, False), (w1, False, True), (w2, True, False)], late_w2=None),
 }
+# u(x,0,y) cannot see d's noise: on u^d, Eq. 8's w2 takes more of it out than a step should
+GUIDANCE["inner-x"] = GUIDANCE["inner"]._replace(w2_on_d=False)
 
 def find_guidance(mode, has_motion):
     """The Guidance of a mode. ValueError: an unknown one, or one that needs motion without it."""
@@ -418,14 +420,17 @@ def guided_velocity(model, x, d, t, y, w1=5., w2=3., mode="inner", null=None):
     """The guided velocity of [x, d], each (B, C, ...), at time t -> u (B, 2C, ...). All terms run
     in one batch, but for those of weight 0. d = None: u (B, C, ...). ValueError: its mode."""
     null = drop_text(y, torch.ones(len(x), dtype=torch.bool, device=x.device), null)
-    terms = [term for term in find_guidance(mode, d is not None).terms(w1, w2) if term[0] != 0]
+    guidance, C = find_guidance(mode, d is not None), x.shape[1]
+    of_x, of_d = guidance.terms(w1, w2), guidance.terms(w1, w2 * guidance.w2_on_d)
+    terms = [(w_x, w_d, *seen) for (w_x, *seen), (w_d, *_) in zip(of_x, of_d) if w_x or w_d]
     z = [x if d is None else torch.cat([x, d if with_d else torch.zeros_like(d)], 1)
-         for _, with_d, _ in terms]
-    text = [y if with_y else null for _, _, with_y in terms]
+         for *_, with_d, _ in terms]
+    text = [y if with_y else null for *_, with_y in terms]
     t = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x))
     text = on_tensors(lambda *parts: torch.cat(parts), *text)
     u = model(torch.cat(z), t.repeat(len(terms)), text).chunk(len(terms))
-    return sum(weight * part for (weight, _, _), part in zip(terms, u))
+    return sum(torch.cat([w_x * part[:, :C], w_d * part[:, C:]], 1)
+               for (w_x, w_d, *_), part in zip(terms, u))
 
 # ---------------------------------------------------------------- App. C: schedule and sampler
 
@@ -685,8 +690,7 @@ PRESETS = {
                     tae=TAEConfig(widths=(64, 128, 256, 256)),
                     dit=DiTConfig(width=768, depth=16, heads=12, ffn=1536, text_width=768,
                                   text_depth=2)),
-    # the paper's widths and depths; heads, FFN, text encoder and C_TAE are our assumptions, which
-    # give 4.2 B and 29 B
+    # the paper's widths and depths; the rest is assumed: it gives 4.2 B and 29 B parameters
     "4b": Preset(frames=128, size=256, fps=24, tae=TAEConfig(), dit=DiTConfig()),
     "30b": Preset(frames=128, size=256, fps=24, tae=TAEConfig(),
                   dit=DiTConfig(width=6144, depth=48, heads=48, ffn=16384, text_width=4096,

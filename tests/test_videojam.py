@@ -285,7 +285,7 @@ FORMULAS = {        # u(d?, y?) with one call per term, as the paper prints them
     "composable": lambda u, w1, w2: u(0, 0) + w1 * (u(0, 1) - u(0, 0)) + w2 * (u(1, 0) - u(0, 0))}
 
 @pytest.mark.parametrize("w1, w2", [(5, 3), (0, 3), (5, 0), (0, 0), (2.5, 2.5), (1, 1)])
-@pytest.mark.parametrize("mode", GUIDANCE)
+@pytest.mark.parametrize("mode", FORMULAS)
 def test_guidance_matches_formula_with_one_call_per_term(mode, w1, w2):
     """In one batch, without terms of weight 0."""
     (x, d, y, null), model = inputs(), Foreign(4)
@@ -296,6 +296,16 @@ def test_guidance_matches_formula_with_one_call_per_term(mode, w1, w2):
     weights = FORMULAS[mode](lambda d, y: torch.eye(4)[2 * d + y], w1, w2)      # of the four terms
     assert [len(z) for z, _, _ in model.calls] == [3 * weights.count_nonzero().item()]
     assert_close(guided, FORMULAS[mode](u, w1, w2), rtol=1e-9, atol=1e-9)
+
+@pytest.mark.parametrize("w1, w2", [(5, 3), (0, 3), (5, 0), (0, 0)])
+def test_inner_x_guides_u_x_by_eq_8_and_u_d_by_text_alone(w1, w2):
+    assert GUIDANCE.keys() - FORMULAS.keys() == {"inner-x"}
+    (x, d, y, null), model = inputs(), Foreign(4)
+    by_mode = {mode: guided_velocity(model, x, d, .25, y, w1, w2, mode, null).chunk(2, 1)
+               for mode in ("inner-x", "inner", "cfg")}
+    assert torch.equal(by_mode["inner-x"][0], by_mode["inner"][0])
+    assert_close(by_mode["inner-x"][1], by_mode["cfg"][1], rtol=1e-9, atol=1e-9)
+    assert not w2 or not torch.equal(by_mode["inner"][1], by_mode["cfg"][1])
 
 def test_guidance_null_defaults_to_the_empty_prompt():
     dit, (x, d) = tiny_dit(), torch.randn(2, 1, 4, 3, 4, 4)
