@@ -64,7 +64,7 @@ STAGES = ("tae", "encode", "base", "jam", "control")
 # (clips of the sprite world, or of each video at most; nothing; batch of each GPU)
 DEFAULTS = {
     "toy": {"tae": (800, 1e-3, 4), "encode": (6144, 0, 32), "base": (2200, 4.5e-3, 64),
-            "jam": (700, 3e-3, 64)},
+            "jam": (1400, 3e-3, 64)},
     "small": {"tae": (50_000, 3e-4, 8), "encode": (64, 0, 8), "base": (200_000, 2e-4, 64),
               "jam": (20_000, 5e-5, 64)},
     "4b": {"tae": (300_000, 1e-4, 32), "encode": (4, 0, 1), "base": (500_000, 1e-4, 256),
@@ -831,7 +831,7 @@ def parse():
     flag("--accumulate", type=positive_int, default=1, help="parts in which a batch is computed")
     flag("--clutter", type=fraction, default=0., help="sprite world: share of textured backgrounds "
          "and of scenes with several sprites (default 0; the shipped weights': 0.2)")
-    flag("--appearance", type=fraction, default=0., help="loudness of the sprites' background")
+    flag("--appearance", type=fraction, help="loudness of the sprites' background (default 0.5)")
     flag("--target", default="flow", choices=TARGETS, help="sprite world: what d shows")
     flag("--uniform-t", action=switch, help="t: uniform (the toy's default) or logit-normal")
     flag("--t-shift", type=positive, help="above 1: more t near noise (default: the toy 3, else 1)")
@@ -853,13 +853,14 @@ def parse():
     raft, toy = args.stage == "raft", args.preset == "toy"
     if raft and not 3 <= (args.batch or 8) <= 256:              # beyond are the held-out clips
         raise ValueError("raft takes --batch from 3 to 256")
-    if args.data and (args.appearance or args.target != "flow"):
+    if args.data and (args.appearance is not None or args.target != "flow"):
         raise ValueError("--appearance and --target are of the sprite world: not with --data")
     args.device = device_of(args.device)
     args.precision = {"bf16": torch.bfloat16, "fp32": torch.float32,
                       None: fast_dtype(args.device)}[args.precision]
     # a toy's few latents are decided before t = .1, where logit-normal has only 1.4% of its samples
     defaults = {"uniform_t": toy, "t_shift": 3. if toy else 1., "compile": can_compile(args.device),
+                "appearance": 0. if args.data else .5,
                 "prepare": 2_400 if args.device.type == "cpu" else 20_000,
                 "out": f"runs/{'raft' if raft else Path(args.data or args.preset).name}",
                 "activation_checkpointing": activation_bytes(PRESETS[args.preset]) > 2e10}

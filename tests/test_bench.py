@@ -43,7 +43,7 @@ def test_every_experiment_writes_its_tables_and_a_page_that_holds_all(model_fold
     assert not list(tmp_path.glob(".*"))
 
 def test_premise_trains_and_judges_each_world_once(model_folder, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "DOSES", (0., 1.))
+    monkeypatch.setattr(bench, "DOSES", (0., .5))
     monkeypatch.setattr(bench, "TRAININGS", (7,))
     preset, tae, dits = read_model_file(model_folder / "model.pt")
     trained = []
@@ -62,30 +62,30 @@ def test_premise_trains_and_judges_each_world_once(model_folder, run, tmp_path, 
     monkeypatch.setattr(bench.subprocess, "run", train)
     flags = "premise", "--n", 3, "--steps", 1, "--out", tmp_path / "out"
     code, said, err = run(bench.main, *flags)
-    assert code == 2 and "1-shuffled-7: not trained to its end" in err and "3 of 4 train" in said
+    assert code == 2 and "0.5-shuffled-7: not trained to its end" in err and "3 of 4 train" in said
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    shutil.rmtree(tmp_path / "out/1-shuffled-7")
+    shutil.rmtree(tmp_path / "out/0.5-shuffled-7")
     code, said, err = run(bench.main, *flags)
     assert not code and "4 of 4 trainings" in said, err
-    worlds = [("0.0", "flow"), ("1.0", "flow"), ("1.0", "mask"), ("1.0", "shuffled")]
+    worlds = [("0.0", "flow"), ("0.5", "flow"), ("0.5", "mask"), ("0.5", "shuffled")]
     assert trained == [(*world, "7") for world in worlds + worlds[3:]]
     section = json.loads((tmp_path / "out/results.json").read_text())["premise"]
     assert [row[:2] for row in section["runs"]] == [[float(a), b] for a, b in worlds]
     scores = section["runs"][1][2][0]["scores"]
     gain = np.mean([a["detected"] - b["detected"]
                     for a, b in zip(scores["VideoJAM"], scores["control"])])
-    (row,) = [row for row in section["tables"][1][1] if row[0] == "1, flow, training 0: VideoJAM "
-              "minus control"]
+    (row,) = [row for row in section["tables"][1][1] if row[0] == "0.5, flow, training 0: VideoJAM"
+              " minus control"]
     assert row[1].startswith(f"{100 * gain:+.1f} [")
     gains = [np.mean([a["shape"] - b["shape"] for a, b in zip(
         *(some["scores"][name] for name in ("VideoJAM", "control")))])
-        for dose, target, (some,) in section["runs"] if dose == 1]
+        for dose, target, (some,) in section["runs"] if dose == .5]
     shape = section["tables"][2][0].index("named shape, points")
     assert [(row[0], row[shape].split()[0]) for row in section["tables"][2][1]] == [
         (f"gain, {target} minus gain, flow", f"{100 * (other - gains[0]):+.1f}")
         for target, other in zip(("mask", "shuffled"), gains[1:])]
     ((low, high), _) = section["curves"][0][1]["detected, points"]
-    assert low < 60 and high > 90                       # % of the variance that stands still
+    assert low < 60 and high > 80                       # % of the variance that stands still
     assert (tmp_path / "out/premise-3.svg").read_text().count("<polyline") == 4
 
 def test_what_would_fail_at_the_end_is_said_before_anything_is_drawn(model_folder, refuses,

@@ -418,6 +418,8 @@ def test_bad_flags_are_one_line_and_leave_no_run_folder(tmp_path, ends, flag, va
 
 @pytest.mark.parametrize("more, complaint", [
     (("--seed", 1), "begun with seed 0, not 1"),
+    (("--appearance", 0), "begun with appearance 0.5, not 0.0"),
+    (("--appearance", 0, "--data", ROOT), "--appearance and --target are of the sprite world"),
     (("--data", str(ROOT)), "begun with data 'sprites', not 'own videos'"),
     (("--stage", "base", "--lr", .5, "--steps", 9), "begun with lr 0.001, not 0.5"),
     (("--stage", "jam", "--uniform-t", "--steps", 9), "begun with uniform_t False, not True"),
