@@ -46,7 +46,7 @@ def test_premise_trains_and_judges_each_world_once(model_folder, run, tmp_path, 
     monkeypatch.setattr(bench, "DOSES", (0., .5))
     monkeypatch.setattr(bench, "TRAININGS", (7,))
     preset, tae, dits = read_model_file(model_folder / "model.pt")
-    trained = []
+    trained, on_ctrl_c = [], signal.getsignal(signal.SIGINT)
 
     def train(command):
         """In place of train.py: the fourth training is stopped."""
@@ -63,7 +63,7 @@ def test_premise_trains_and_judges_each_world_once(model_folder, run, tmp_path, 
     flags = "premise", "--n", 3, "--steps", 1, "--out", tmp_path / "out"
     code, said, err = run(bench.main, *flags)
     assert code == 2 and "0.5-shuffled-7: not trained to its end" in err and "3 of 4 train" in said
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) == on_ctrl_c
     shutil.rmtree(tmp_path / "out/0.5-shuffled-7")
     code, said, err = run(bench.main, *flags)
     assert not code and "4 of 4 trainings" in said, err
