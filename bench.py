@@ -210,7 +210,7 @@ def ablation(e):
     rows = {name: score_clips(video, e.scenes) for name, video in e.upper_bounds.items()}
     rows |= {name: score_clips(e.sample(**options)[0], e.scenes)
              for name, options in variants.items()}
-    return {"about": f"n = {e.args.n} held-out prompts, the same noise; composable: w2 in all.",
+    return {"about": f"n = {e.args.n} held-out prompts, same noise; composable: w2 in all steps.",
             "tables": [score_table(rows, SCORES), paired_table(rows, first)], "clips": rows}
 
 # ---------------------------------------------------------------- App. B, Fig. 8: SDEdit

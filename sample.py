@@ -34,7 +34,7 @@ def parse():
     flag("--n", type=positive_int, default=1, help="samples of each prompt")
     flag("--seed", type=seed, default=0, help="of the first sample's noise")
     flag("--steps", type=positive_int, default=100)
-    flag("--emulated", type=positive_int, default=1000, help="first half: steps of 1/EMULATED of t")
+    flag("--emulated", type=positive_int, default=1000, help="steps are 1/EMULATED at first (1000)")
     flag("--w1", type=float, default=5, help="text guidance (default %(default)s)")
     flag("--w2", type=float, default=3, help="motion guidance (default %(default)s)")
     flag("--guidance", choices=GUIDANCE, help="default: inner (Eq. 8); without motion cfg")

@@ -85,7 +85,7 @@ def test_premise_trains_and_judges_each_world_once(model_folder, run, tmp_path, 
         (f"gain, {target} minus gain, flow", f"{100 * (other - gains[0]):+.1f}")
         for target, other in zip(("mask", "shuffled"), gains[1:])]
     ((low, high), _) = section["curves"][0][1]["detected, points"]
-    assert low < 60 and high > 80                       # % of the variance that stands still
+    assert low < 60 and 80 < high < 90                  # % of the variance that stands still
     assert (tmp_path / "out/premise-3.svg").read_text().count("<polyline") == 4
 
 def test_what_would_fail_at_the_end_is_said_before_anything_is_drawn(model_folder, refuses,
