@@ -6,7 +6,7 @@
 
 A file for each sample: new ones in outputs/, the one that --out names (numbered if there are
 several), or in a folder that it names, called PROMPT-INDEX.mp4 as VBench wants them. With --compare
-the base model (classifier-free guidance) is on the left and VideoJAM on the right, from the same
+the base model, its control (where the run has one) and VideoJAM stand side by side, from the same
 noise. Sampling itself is `VideoJAM.generate` and `euler_sample` in videojam.py.
 """
 import os
@@ -20,7 +20,7 @@ from common import (Parser, device_of, file_stem, grid, positive_int, read_json,
                     seed, truncate, write_video)
 from data import Sprites, open_text
 from synthetic import sprite_scene
-from videojam import GUIDANCE, WITHOUT_MOTION, VideoJAM, weights_path
+from videojam import GUIDANCE, WITHOUT_MOTION, VideoJAM, read_model_file, weights_path
 
 def parse():
     parser = Parser(description="Samples videos (and their motion) from prompts.")
@@ -39,7 +39,7 @@ def parse():
     flag("--w2", type=float, default=3, help="motion guidance (default %(default)s)")
     flag("--guidance", choices=GUIDANCE, help="default: inner (Eq. 8); without motion cfg")
     flag("--motion", action="store_true", help="show the predicted motion too")
-    flag("--compare", action="store_true", help="base model beside VideoJAM")
+    flag("--compare", action="store_true", help="base model, control, VideoJAM side by side")
     flag("--upscale", type=positive_int, help="factor (default: to about 256 px)")
     flag("--device", help="default: a GPU if there is one")
     return parser.parse_args()
@@ -98,35 +98,38 @@ def output_files(args, prompts):
         files.append(path)
     return files
 
-def write_samples(args, prompts, model, base=None):
-    """Writes --n samples of each prompt by a VideoJAM, beside those of a base model if given."""
+def write_samples(args, prompts, models):
+    """Writes --n samples of each prompt by {name: VideoJAM} side by side, the last args.which."""
     files = output_files(args, prompts)
     began, prompts = time.time(), [prompt for prompt in prompts for _ in range(args.n)]
     for start in range(0, len(prompts), 16):            # written as they are made
         some = prompts[start:start + 16]
         options = dict(steps=args.steps, w1=args.w1, w2=args.w2, seed=args.seed + start,
                        emulated=args.emulated)
-        video, motion = model.generate(some, mode=args.guidance, progress=args.which, **options)
-        shown = [video, motion] if args.motion else [video]
-        if base:
-            mode = args.guidance if args.guidance in WITHOUT_MOTION else None
-            shown.insert(0, base.generate(some, mode=mode, progress="base", **options)[0])
+        shown = []
+        for name, model in models.items():
+            mode = args.guidance if name == args.which or args.guidance in WITHOUT_MOTION else None
+            video, motion = model.generate(some, mode=mode, progress=name, **options)
+            shown.append(video)
+        shown += [motion] * args.motion
         for path, prompt, *parts in zip(files[start:], some, *shown):
             picture = grid(torch.stack(parts)) if len(parts) > 1 else parts[0]
             write_video(path, picture, model.config.fps, args.upscale)
             print(f"{path}: {prompt!r}")
-    what = ["base"] * bool(base) + [args.which] + ["its motion"] * args.motion
+    what = [*models] + ["its motion"] * args.motion
     print(f"{len(files)} of {' | '.join(what)} in {time.time() - began:.1f} s")
 
 def main():
     args = parse()
     prompts, weights, device = read_prompts(args), weights_path(args.run), device_of(args.device)
-    model = VideoJAM.load(weights, args.which, device)
+    control = ["control"] * ("control" in read_model_file(weights)[2])
+    names = ["base", *control] * args.compare + [args.which]
+    models = {name: VideoJAM.load(weights, name, device) for name in names}
+    model = models[args.which]
     if args.motion and not model.dit.config.motion:
         raise ValueError(f"--motion: the {args.which} model predicts no motion")
-    base = VideoJAM.load(weights, "base", device) if args.compare else None
     print_hints(args.run, prompts, model.config.dit.max_bytes)
-    write_samples(args, prompts, model, base)
+    write_samples(args, prompts, models)
 
 if __name__ == "__main__":
     report_errors(main)

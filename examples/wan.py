@@ -277,7 +277,7 @@ def sample_videos(own, flags):
     run = WanRun(own, ["--out", folder, *(["--device", args.device] if args.device else [])])
     wan = load(WanTransformer3DModel, run.out / "transformer", dtype=run.args.precision)
     model = VideoJAM(run.preset, run.tae(), DiT(run, wan.to(run.device)))
-    sample.write_samples(args, sample.read_prompts(args), model)
+    sample.write_samples(args, sample.read_prompts(args), {"jam": model})
 
 def main():
     logging.set_verbosity_error()           # diffusers': our errors are one line

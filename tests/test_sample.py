@@ -65,11 +65,18 @@ def test_flags_reach_the_model(draw, generated, flag, value, option):
     ("--motion", None, None), ("--compare", None, None), ("--compare --motion", None, None),
     ("--compare --guidance none", "none", "none"), ("--compare --guidance ip2p", "cfg", "ip2p")])
 def test_compare_and_motion_stand_beside_the_video(draw, generated, flags, of_base, of_jam):
-    base, _ = generated([PROMPT], "base", mode=of_base)
+    others = [generated([PROMPT], which, mode=of_base)[0] for which in ("base", "control")]
     video, motion = generated([PROMPT], mode=of_jam)
-    shown = [base] * ("--compare" in flags) + [video] + [motion] * ("--motion" in flags)
+    shown = others * ("--compare" in flags) + [video] + [motion] * ("--motion" in flags)
     (written,) = draw(PROMPT, *flags.split())[0].values()
     assert torch.equal(written, picture(*(part[0] for part in shown)))
+
+def test_compare_passes_over_a_control_that_a_run_has_not(run):
+    Path("part").mkdir()
+    write_model_file("part/model.pt", TINY, TAE(TINY.tae), {"jam": tiny_dit(),
+                                                            "base": tiny_dit(False)})
+    _, said, _ = run(sample.main, PROMPT, "--run", "part", "--compare", "--steps", 1)
+    assert "1 of base | jam in" in said
 
 def test_several_prompts_and_samples_are_numbered_in_order(draw, generated):
     Path("prompts.txt").write_text("a cross\n  a star \n\né\u2028e\n", encoding="utf-8-sig")
