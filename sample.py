@@ -104,12 +104,11 @@ def write_samples(args, prompts, models):
     began, prompts = time.time(), [prompt for prompt in prompts for _ in range(args.n)]
     for start in range(0, len(prompts), 16):            # written as they are made
         some = prompts[start:start + 16]
-        options = dict(steps=args.steps, w1=args.w1, w2=args.w2, seed=args.seed + start,
-                       emulated=args.emulated)
         shown = []
         for name, model in models.items():
             mode = args.guidance if name == args.which or args.guidance in WITHOUT_MOTION else None
-            video, motion = model.generate(some, mode=mode, progress=name, **options)
+            video, motion = model.generate(some, args.steps, args.w1, args.w2, args.seed + start,
+                                           mode, args.emulated, progress=name)
             shown.append(video)
         shown += [motion] * args.motion
         for path, prompt, *parts in zip(files[start:], some, *shown):

@@ -34,6 +34,7 @@ DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 BACKGROUNDS = ("stripes", "checks", "clouds")
 MEAN_SPEED = .048                   # of what moves, in widths a frame of a clip of 16
 TARGETS = ("flow", "mask", "shuffled")      # what the motion latent shows: see `sprite_clip`
+APPEARANCE = .5                     # how loud the field is in train.py's default world
 
 def is_held_out(shape, colour, motion):
     """Whether a combination is in no training clip: one in ten of shape, colour and motion."""

@@ -53,7 +53,7 @@ from common import (Parser, any_rank, autocast, barrier, can_compile, compile_la
                     write_text, write_video)
 from data import Folder, Latents, Prefetcher, Sprites, print_skipped
 from flow import RAFT, estimate_flow, flow_to_rgb, upsample
-from synthetic import HELD_OUT, TARGETS, flow_scenes, sprite_clips, training_pairs
+from synthetic import APPEARANCE, HELD_OUT, TARGETS, flow_scenes, sprite_clips, training_pairs
 from videojam import (PAD, PRESETS, TAE, DiT, Noise, VideoJAM, flow_matching_loss, initialize,
                       joint_loss, new_entries, read_model_file, sample_noise,
                       set_activation_checkpointing, tae_loss, token_row, tokenize,
@@ -831,7 +831,7 @@ def parse():
     flag("--accumulate", type=positive_int, default=1, help="parts in which a batch is computed")
     flag("--clutter", type=fraction, default=0., help="sprite world: share of textured backgrounds "
          "and of scenes with several sprites (default 0; the shipped weights': 0.2)")
-    flag("--appearance", type=fraction, help="loudness of the sprites' background (default 0.5)")
+    flag("--appearance", type=fraction, help=f"loudness of the sprites' background (default {APPEARANCE})")
     flag("--target", default="flow", choices=TARGETS, help="sprite world: what d shows")
     flag("--uniform-t", action=switch, help="t: uniform (the toy's default) or logit-normal")
     flag("--t-shift", type=positive, help="above 1: more t near noise (default: the toy 3, else 1)")
@@ -860,7 +860,7 @@ def parse():
                       None: fast_dtype(args.device)}[args.precision]
     # a toy's few latents are decided before t = .1, where logit-normal has only 1.4% of its samples
     defaults = {"uniform_t": toy, "t_shift": 3. if toy else 1., "compile": can_compile(args.device),
-                "appearance": 0. if args.data else .5,
+                "appearance": 0. if args.data else APPEARANCE,
                 "prepare": 2_400 if args.device.type == "cpu" else 20_000,
                 "out": f"runs/{'raft' if raft else Path(args.data or args.preset).name}",
                 "activation_checkpointing": activation_bytes(PRESETS[args.preset]) > 2e10}
