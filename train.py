@@ -831,7 +831,8 @@ def parse():
     flag("--accumulate", type=positive_int, default=1, help="parts in which a batch is computed")
     flag("--clutter", type=fraction, default=0., help="sprite world: share of textured backgrounds "
          "and of scenes with several sprites (default 0; the shipped weights': 0.2)")
-    flag("--appearance", type=fraction, help=f"loudness of the sprites' background (default {APPEARANCE})")
+    flag("--appearance", type=fraction,
+         help=f"sprite world: loudness of the field behind sprites (default {APPEARANCE})")
     flag("--target", default="flow", choices=TARGETS, help="sprite world: what d shows")
     flag("--uniform-t", action=switch, help="t: uniform (the toy's default) or logit-normal")
     flag("--t-shift", type=positive, help="above 1: more t near noise (default: the toy 3, else 1)")
