@@ -64,7 +64,7 @@ class Evaluator:
     @functools.lru_cache(4)             # compare's samples, which ablation shows again
     def sample(self, which="jam", **options):
         """Video and RGB motion, --seeds times of all prompts; sample i has HELD_OUT + i's noise."""
-        defaults = {"steps": self.args.steps, "w1": self.args.w1, "w2": self.args.w2}
+        defaults = {name: vars(self.args)[name] for name in ("steps", "emulated", "w1", "w2")}
         made = self.models[which].generate(
             self.captions * self.args.seeds, seed=HELD_OUT, batch=50,
             progress=f"{which} {options or ''}", **{**defaults, **options})
@@ -259,7 +259,8 @@ MODELS = {"base": "base", "control": "control", "jam": "VideoJAM"}
 def judge(args, dose, target, seed):
     """What a default run in a world is like: it is trained and judged, if it is not yet."""
     run = args.out / f"{dose:g}-{target}-{seed}"
-    path = run / f"n{args.n}-steps{args.steps}-w1-{args.w1:g}-w2-{args.w2:g}.json"
+    path = run / (f"n{args.n}-steps{args.steps}-of-{args.emulated}-w1-{args.w1:g}-w2-{args.w2:g}"
+                  ".json")
     if not path.exists():
         flags = {"--appearance": dose, "--target": target, "--seed": seed, "--out": run}
         command = [sys.executable, ROOT / "train.py", *itertools.chain(*flags.items())]
@@ -416,6 +417,7 @@ def parse():
     flag("--seeds", type=positive_int, default=1, help="samples of each prompt, which are averaged")
     flag("--steps", type=positive_int, help="of the sampler (default: 100, 25 with --quick; "
          "sdedit's and motivation's are those of 100)")
+    flag("--emulated", type=positive_int, default=1000, help="as sample.py's; not of those two")
     flag("--w1", type=float, default=5., help="text guidance (%(default)g)")
     flag("--w2", type=float, default=3., help="motion guidance (%(default)g)")
     flag("--quick", action="store_true", help="16 prompts, 25 steps, RAFT for 4 of them: a look")
@@ -425,7 +427,7 @@ def parse():
     args.n = args.n or (16 if args.quick else 50)
     args.steps = args.steps or (25 if args.quick else 100)
     args.few = 4 if args.quick else 24          # clips that RAFT, which is slow, looks at
-    linear_quadratic(args.steps)                # ValueError where there are too many
+    linear_quadratic(args.steps, args.emulated)         # ValueError where there are too many
     if (args.experiment == "metrics") != bool(args.folder):
         raise ValueError("metrics takes a folder of videos, nothing else does: --run names a run")
     args.out = args.out or Path("runs/bench") / (args.experiment or "")

@@ -99,6 +99,15 @@ def test_what_would_fail_at_the_end_is_said_before_anything_is_drawn(model_folde
     for experiment in (*bench.EXPERIMENTS, "premise"):      # a path is not taken for a run
         assert "--run names a run" in refuses(bench.main, experiment, model_folder)
 
+def test_flags_of_the_sampler_reach_it(model_folder, run, tmp_path, monkeypatch):
+    given, generate = {}, VideoJAM.generate
+    monkeypatch.setattr(VideoJAM, "generate", lambda model, prompts, **options: (
+        given.update(options), generate(model, prompts, **options))[1])
+    flags = {"steps": 2, "emulated": 20, "w1": 3., "w2": 4.}
+    code, _, err = run(bench.main, "compare", "--run", model_folder, "--n", 1, "--out", tmp_path,
+                       *(word for name, value in flags.items() for word in (f"--{name}", value)))
+    assert not code and given.items() >= flags.items(), err
+
 def test_models_that_a_file_lacks_are_left_out(model_folder, run, tmp_path):
     preset, tae, dits = read_model_file(model_folder / "model.pt")
     write_model_file(tmp_path / "model.pt", preset, tae, {"jam": dits["jam"]})
