@@ -259,8 +259,8 @@ MODELS = {"base": "base", "control": "control", "jam": "VideoJAM"}
 def judge(args, dose, target, seed):
     """What a default run in a world is like: it is trained and judged, if it is not yet."""
     run = args.out / f"{dose:g}-{target}-{seed}"
-    path = run / (f"n{args.n}-steps{args.steps}-of-{args.emulated}-w1-{args.w1:g}-w2-{args.w2:g}"
-                  ".json")
+    settings = f"n{args.n}-steps{args.steps}-of-{args.emulated}-w1-{args.w1:g}-w2-{args.w2:g}"
+    path = run / f"{settings}.json"
     if not path.exists():
         flags = {"--appearance": dose, "--target": target, "--seed": seed, "--out": run}
         command = [sys.executable, ROOT / "train.py", *itertools.chain(*flags.items())]
@@ -417,7 +417,8 @@ def parse():
     flag("--seeds", type=positive_int, default=1, help="samples of each prompt, which are averaged")
     flag("--steps", type=positive_int, help="of the sampler (default: 100, 25 with --quick; "
          "sdedit's and motivation's are those of 100)")
-    flag("--emulated", type=positive_int, default=1000, help="as sample.py's; not of those two")
+    flag("--emulated", type=positive_int, default=1000, help="as sample.py's (default: 1000; "
+         "sdedit's and motivation's is always that)")
     flag("--w1", type=float, default=5., help="text guidance (%(default)g)")
     flag("--w2", type=float, default=3., help="motion guidance (%(default)g)")
     flag("--quick", action="store_true", help="16 prompts, 25 steps, RAFT for 4 of them: a look")

@@ -99,7 +99,7 @@ def output_files(args, prompts):
     return files
 
 def write_samples(args, prompts, models):
-    """Writes --n samples of each prompt by {name: VideoJAM} side by side, the last args.which."""
+    """Writes --n samples of each prompt by {name: VideoJAM} side by side; motion is the last's."""
     files = output_files(args, prompts)
     began, prompts = time.time(), [prompt for prompt in prompts for _ in range(args.n)]
     for start in range(0, len(prompts), 16):            # written as they are made
@@ -121,8 +121,9 @@ def write_samples(args, prompts, models):
 def main():
     args = parse()
     prompts, weights, device = read_prompts(args), weights_path(args.run), device_of(args.device)
-    control = ["control"] * ("control" in read_model_file(weights)[2])
-    names = ["base", *control] * args.compare + [args.which]
+    names = [args.which]
+    if args.compare:
+        names = ["base", *({"control"} & read_model_file(weights)[2].keys()), args.which]
     models = {name: VideoJAM.load(weights, name, device) for name in names}
     model = models[args.which]
     if args.motion and not model.dit.config.motion:
