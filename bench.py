@@ -35,8 +35,8 @@ from flow import RAFT, estimate_flow, flow_to_rgb
 from metrics import (VBENCH, cell, held_out_clips, interval, mean_row, paired, score_clips,
                      static_share, vbench)
 from synthetic import APPEARANCE, HELD_OUT, TARGETS, sprite_clips
-from videojam import (Noise, VideoJAM, euler_sample, flow_matching_loss, interpolate, joint_loss,
-                      linear_quadratic, read_model_file, tokenize, weights_path)
+from videojam import (PRESETS, Noise, VideoJAM, euler_sample, flow_matching_loss, interpolate,
+                      joint_loss, linear_quadratic, read_model_file, tokenize, weights_path)
 
 # ---------------------------------------------------------------- what the experiments start from
 
@@ -44,19 +44,28 @@ def in_parts(function, clips):
     """function of clips (n, ...), eight at a time, so that large ones fit into memory."""
     return torch.cat([function(part) for part in clips.split(8)])
 
+def with_sampler(args, config):
+    """args, with a Preset's w1 and emulated where none is given. ValueError: too many steps."""
+    missing = {name: getattr(config, name) for name in ("w1", "emulated")
+               if vars(args)[name] is None}
+    args = argparse.Namespace(**{**vars(args), **missing})
+    linear_quadratic(args.steps, args.emulated)
+    return args
+
 class Evaluator:
     """What every experiment starts from: held-out clips, a run's models, and their samples."""
     def __init__(self, args):
-        self.args, self.device, self.models = args, device_of(args.device), {}
+        self.device, self.models = device_of(args.device), {}
         self.raft, path = RAFT.load().to(self.device), weights_path(args.run)
-        there = read_model_file(path)[2].keys() | {"jam"}       # which it must have
+        self.config, _, dits = read_model_file(path)
+        self.args, there = with_sampler(args, self.config), dits.keys() | {"jam"}   # it must have
         for which in sorted(there, reverse=True):
             self.models[which] = VideoJAM.load(path, which, self.device)
             if self.device.type == "cpu" and can_compile(self.device):  # a GPU samples faster
                 compile_layers(self.models[which].dit)
         for which in {"base", "control"} - there:
             print(f"{path}: no {which} model, its rows are left out")
-        self.config, self.tae = self.models["jam"].config, self.models["jam"].tae
+        self.tae = self.models["jam"].tae
         self.world = {"appearance": self.config.appearance, "target": self.config.target}
         self.video, self.flow, self.captions, self.scenes = held_out_clips(
             args.n, self.config.frames, self.config.size, **self.world)
@@ -198,11 +207,12 @@ def compare(e):
 
 def ablation(e):
     """Table 3 (w/o Inner-Guidance: w2 = 0; w/o optical flow: d = 0), and how much w2, how long."""
-    steps, w2 = e.args.steps, e.args.w2
-    first = f"VideoJAM, w2 = {w2:g}"
+    steps, w1, w2 = e.args.steps, e.args.w1, e.args.w2
+    first, as_strong = f"VideoJAM, w2 = {w2:g}", {"w1": w1 + 1, "w2": w2 + 1}   # 1 is Eq. 8's 0
     variants = {first: {}, "without text guidance": {"w1": 0.},
                 "without motion guidance": {"w2": 0.}, "d = 0 at inference": {"mode": "no-motion"},
-                "InstructPix2Pix": {"mode": "ip2p"}, "composable": {"mode": "composable"},
+                "InstructPix2Pix": {"mode": "ip2p", **as_strong},
+                "composable": {"mode": "composable", **as_strong},
                 "w2 on u^x alone": {"mode": "inner-x"}}
     variants |= {f"w2 = {w:g}": {"w2": w} for w in (1., 2., 4., 6.) if w != w2}
     variants |= {f"w2 in the first {share}% of steps": {"motion_steps": steps * share / 100}
@@ -278,6 +288,7 @@ def judge(args, dose, target, seed):
 def premise(args):
     """VideoJAM minus its control, against the share of the pixel variance that stands still; at
     the default dose also with other motion targets. Yields the section after each training."""
+    args = with_sampler(args, PRESETS["toy"])
     runs = {(dose, "flow"): [] for dose in DOSES} | {(APPEARANCE, target): [] for target in TARGETS}
     for seed, world in itertools.product(TRAININGS, runs):
         runs[world].append(judge(args, *world, seed))
@@ -417,9 +428,9 @@ def parse():
     flag("--seeds", type=positive_int, default=1, help="samples of each prompt, which are averaged")
     flag("--steps", type=positive_int, help="of the sampler (default: 100, 25 with --quick; "
          "sdedit's and motivation's are those of 100)")
-    flag("--emulated", type=positive_int, default=1000, help="as sample.py's (default: 1000; "
-         "sdedit's and motivation's is always that)")
-    flag("--w1", type=float, default=5., help="text guidance (%(default)g)")
+    flag("--emulated", type=positive_int, help="as sample.py's (default: the model's; sdedit's and "
+         "motivation's is always 1000)")
+    flag("--w1", type=float, help="text guidance (default: the model's)")
     flag("--w2", type=float, default=3., help="motion guidance (%(default)g)")
     flag("--quick", action="store_true", help="16 prompts, 25 steps, RAFT for 4 of them: a look")
     flag("--device", help="default: a GPU if there is one")
@@ -428,7 +439,6 @@ def parse():
     args.n = args.n or (16 if args.quick else 50)
     args.steps = args.steps or (25 if args.quick else 100)
     args.few = 4 if args.quick else 24          # clips that RAFT, which is slow, looks at
-    linear_quadratic(args.steps, args.emulated)         # ValueError where there are too many
     if (args.experiment == "metrics") != bool(args.folder):
         raise ValueError("metrics takes a folder of videos, nothing else does: --run names a run")
     args.out = args.out or Path("runs/bench") / (args.experiment or "")

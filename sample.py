@@ -34,8 +34,9 @@ def parse():
     flag("--n", type=positive_int, default=1, help="samples of each prompt")
     flag("--seed", type=seed, default=0, help="of the first sample's noise")
     flag("--steps", type=positive_int, default=100)
-    flag("--emulated", type=positive_int, default=1000, help="steps are 1/EMULATED at first (1000)")
-    flag("--w1", type=float, default=5, help="text guidance (default %(default)s)")
+    flag("--emulated", type=positive_int,
+         help="steps are 1/EMULATED at first (the paper's 1000, a toy's 400)")
+    flag("--w1", type=float, help="text guidance (the paper's 5, a toy's 2)")
     flag("--w2", type=float, default=3, help="motion guidance (default %(default)s)")
     flag("--guidance", choices=GUIDANCE, help="default: inner (Eq. 8); without motion cfg")
     flag("--motion", action="store_true", help="show the predicted motion too")

@@ -73,7 +73,7 @@ DEFAULTS = {
             "jam": (35_000, 5e-6, 256)},
 }
 RAFT_DEFAULTS = 20_000, 4e-4, 8         # of stage raft, whatever the preset
-VERSION = 12                            # of a run's folder: raised when old runs cannot go on
+VERSION = 13                            # of a run's folder: raised when old runs cannot go on
 SHARD = 256                             # clips in a file of latents
 WHITENING_CLIPS = 256                   # that the TAE's whitening is fitted on
 CHECKPOINT_SECONDS = 60                 # between two; or 20 times what one takes to write

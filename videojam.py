@@ -671,6 +671,8 @@ class Preset:
     tae: TAEConfig
     dit: DiTConfig
     sigma: float = .15                  # of Eq. 5
+    w1: float = 5.                      # text guidance, unless the sampler is told another
+    emulated: int = 1000                # of linear_quadratic, likewise
     appearance: float = 0.              # of the sprite world: how loud its background is
     target: str = "flow"                # what d shows; "mask" and "shuffled" are controls
 
@@ -682,6 +684,7 @@ class Preset:
 
 PRESETS = {
     "toy": Preset(frames=16, size=64, fps=8,                    # 3.3 M parameters: minutes on a CPU
+                  w1=2., emulated=400,      # motion is decided later in a small clip
                   tae=TAEConfig(channels=8, patch=4, widths=(48, 96, 96), strides=((2, 2), (2, 1)),
                                 blocks=1),
                   dit=DiTConfig(channels=8, width=224, depth=4, heads=4, ffn=448, text_width=96,
@@ -741,15 +744,18 @@ class VideoJAM:
         return cls(config, tae.to(device).float(), dits[which].to(device).float())
 
     @torch.no_grad()
-    def generate(self, prompts, steps=100, w1=5., w2=3., seed=0, mode=None, emulated=1000, batch=16,
-                 motion_steps=None, progress=None):
+    def generate(self, prompts, steps=100, w1=None, w2=3., seed=0, mode=None, emulated=None,
+                 batch=16, motion_steps=None, progress=None):
         """List of prompts -> video, RGB motion (None without motion): (B, T, 3, H, W) in [0, 1].
-        mode: a key of GUIDANCE; default "inner", without motion "cfg". Sample i has the noise of
-        seed + i, whatever the model. ValueError: no prompts, wrong steps or mode, NaN pixels."""
+        w1, emulated: default the Preset's. mode: a key of GUIDANCE; default "inner", without motion
+        "cfg". Sample i has the noise of seed + i, whatever the model. ValueError: no prompts, wrong
+        steps or mode, NaN pixels."""
         if not prompts:
             raise ValueError("no prompt: give at least one")
         device, motion = next(self.dit.parameters()).device, self.dit.config.motion
         mode = mode or ("inner" if motion else "cfg")
+        w1 = self.config.w1 if w1 is None else w1
+        emulated = self.config.emulated if emulated is None else emulated
         times = linear_quadratic(steps, emulated).to(device)
         shape, frames, videos, motions = self.config.latent_shape(), self.config.frames, [], []
         for start in range(0, len(prompts), batch):

@@ -108,6 +108,15 @@ def test_flags_of_the_sampler_reach_it(model_folder, run, tmp_path, monkeypatch)
                        *(word for name, value in flags.items() for word in (f"--{name}", value)))
     assert not code and given.items() >= flags.items(), err
 
+def test_ablation_compares_guidances_of_one_strength(model_folder, run, tmp_path, monkeypatch):
+    given, generate = {}, VideoJAM.generate
+    monkeypatch.setattr(VideoJAM, "generate", lambda model, prompts, **options: (
+        given.update({options.get("mode"): options}), generate(model, prompts, **options))[1])
+    code, _, err = run(bench.main, "ablation", "--run", model_folder, "--n", 1, "--steps", 1,
+                       "--w1", 1, "--w2", 3, "--out", tmp_path)
+    for mode in ("ip2p", "composable"):                 # where a scale of 1 is Eq. 8's 0
+        assert not code and (given[mode]["w1"], given[mode]["w2"]) == (2, 4), err
+
 def test_models_that_a_file_lacks_are_left_out(model_folder, run, tmp_path):
     preset, tae, dits = read_model_file(model_folder / "model.pt")
     write_model_file(tmp_path / "model.pt", preset, tae, {"jam": dits["jam"]})

@@ -1,4 +1,5 @@
 """pytest tests/test_videojam.py: the paper's equations in its order, then the model file."""
+import dataclasses
 import math
 
 import pytest
@@ -514,6 +515,14 @@ def test_generate_depends_on_the_seed_alone(model_folder):
     assert_close(next_seed[0], video[1], atol=.05, rtol=0)
     assert not torch.allclose(generate(model, seed=4)[0][0], video[0], atol=.05)
 
+def test_generate_takes_the_presets_w1_and_schedule_unless_told(model_folder):
+    model = VideoJAM.load(model_folder / "model.pt")
+    papers, others = generate(model, w1=5., emulated=1000), generate(model, w1=0., emulated=7)
+    assert equal(generate(model), papers) and not equal(others, papers)
+    model.config = dataclasses.replace(TINY, w1=2., emulated=7)
+    assert equal(generate(model), generate(model, w1=2., emulated=7))
+    assert equal(generate(model, w1=0.), others)
+
 def test_generate_starts_base_and_jam_from_the_same_noise(model_folder, monkeypatch):
     starts = []
     monkeypatch.setattr("videojam.euler_sample", lambda dit, x, d, *_, **__:
@@ -535,5 +544,6 @@ def test_generate_refuses_bad_input(model_folder, options, complaint):
 @pytest.mark.parametrize("which", ("jam", "base", "control"))
 def test_shipped_weights_load_and_are_small(which):
     model = VideoJAM.load(which=which)
-    assert model.config == PRESETS["toy"] and model.dit.config.motion == (which == "jam")
+    assert model.config == dataclasses.replace(PRESETS["toy"], w1=5., emulated=1000)
+    assert model.dit.config.motion == (which == "jam")
     assert sum(path.stat().st_size for path in (ROOT / "weights").iterdir()) < 25 * 10 ** 6
