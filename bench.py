@@ -44,21 +44,19 @@ def in_parts(function, clips):
     """function of clips (n, ...), eight at a time, so that large ones fit into memory."""
     return torch.cat([function(part) for part in clips.split(8)])
 
-def with_sampler(args, config):
-    """args, with a Preset's w1 and emulated where none is given. ValueError: too many steps."""
-    missing = {name: getattr(config, name) for name in ("w1", "emulated")
-               if vars(args)[name] is None}
-    args = argparse.Namespace(**{**vars(args), **missing})
+def set_sampler(args, config):
+    """Gives args a Preset's w1 and emulated where they have none. ValueError: too many steps."""
+    args.w1, args.emulated = config.sampler(args.w1, args.emulated)
     linear_quadratic(args.steps, args.emulated)
-    return args
 
 class Evaluator:
     """What every experiment starts from: held-out clips, a run's models, and their samples."""
     def __init__(self, args):
-        self.device, self.models = device_of(args.device), {}
+        self.args, self.device, self.models = args, device_of(args.device), {}
         self.raft, path = RAFT.load().to(self.device), weights_path(args.run)
         self.config, _, dits = read_model_file(path)
-        self.args, there = with_sampler(args, self.config), dits.keys() | {"jam"}   # it must have
+        there = dits.keys() | {"jam"}                           # which it must have
+        set_sampler(args, self.config)
         for which in sorted(there, reverse=True):
             self.models[which] = VideoJAM.load(path, which, self.device)
             if self.device.type == "cpu" and can_compile(self.device):  # a GPU samples faster
@@ -288,7 +286,7 @@ def judge(args, dose, target, seed):
 def premise(args):
     """VideoJAM minus its control, against the share of the pixel variance that stands still; at
     the default dose also with other motion targets. Yields the section after each training."""
-    args = with_sampler(args, PRESETS["toy"])
+    set_sampler(args, PRESETS["toy"])
     runs = {(dose, "flow"): [] for dose in DOSES} | {(APPEARANCE, target): [] for target in TARGETS}
     for seed, world in itertools.product(TRAININGS, runs):
         runs[world].append(judge(args, *world, seed))

@@ -35,8 +35,8 @@ def parse():
     flag("--seed", type=seed, default=0, help="of the first sample's noise")
     flag("--steps", type=positive_int, default=100)
     flag("--emulated", type=positive_int,
-         help="steps are 1/EMULATED at first (the paper's 1000, a toy's 400)")
-    flag("--w1", type=float, help="text guidance (the paper's 5, a toy's 2)")
+         help="steps are 1/EMULATED at first (default: the model's; the paper's is 1000)")
+    flag("--w1", type=float, help="text guidance (default: the model's; the paper's is 5)")
     flag("--w2", type=float, default=3, help="motion guidance (default %(default)s)")
     flag("--guidance", choices=GUIDANCE, help="default: inner (Eq. 8); without motion cfg")
     flag("--motion", action="store_true", help="show the predicted motion too")

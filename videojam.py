@@ -682,6 +682,10 @@ class Preset:
         side = self.size // space
         return self.tae.channels, math.ceil(self.frames / time), side, side
 
+    def sampler(self, w1=None, emulated=None):
+        """w1 and emulated, this preset's where they are None."""
+        return (self.w1 if w1 is None else w1, self.emulated if emulated is None else emulated)
+
 PRESETS = {
     "toy": Preset(frames=16, size=64, fps=8,                    # 3.3 M parameters: minutes on a CPU
                   w1=2., emulated=400,      # motion is decided later in a small clip
@@ -754,8 +758,7 @@ class VideoJAM:
             raise ValueError("no prompt: give at least one")
         device, motion = next(self.dit.parameters()).device, self.dit.config.motion
         mode = mode or ("inner" if motion else "cfg")
-        w1 = self.config.w1 if w1 is None else w1
-        emulated = self.config.emulated if emulated is None else emulated
+        w1, emulated = self.config.sampler(w1, emulated)
         times = linear_quadratic(steps, emulated).to(device)
         shape, frames, videos, motions = self.config.latent_shape(), self.config.frames, [], []
         for start in range(0, len(prompts), batch):

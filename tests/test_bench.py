@@ -99,23 +99,26 @@ def test_what_would_fail_at_the_end_is_said_before_anything_is_drawn(model_folde
     for experiment in (*bench.EXPERIMENTS, "premise"):      # a path is not taken for a run
         assert "--run names a run" in refuses(bench.main, experiment, model_folder)
 
-def test_flags_of_the_sampler_reach_it(model_folder, run, tmp_path, monkeypatch):
-    given, generate = {}, VideoJAM.generate
+@pytest.fixture
+def given(monkeypatch):
+    """The options of each call of generate."""
+    calls, generate = [], VideoJAM.generate
     monkeypatch.setattr(VideoJAM, "generate", lambda model, prompts, **options: (
-        given.update(options), generate(model, prompts, **options))[1])
+        calls.append(options), generate(model, prompts, **options))[1])
+    return calls
+
+def test_flags_of_the_sampler_reach_it(model_folder, run, tmp_path, given):
     flags = {"steps": 2, "emulated": 20, "w1": 3., "w2": 4.}
     code, _, err = run(bench.main, "compare", "--run", model_folder, "--n", 1, "--out", tmp_path,
                        *(word for name, value in flags.items() for word in (f"--{name}", value)))
-    assert not code and given.items() >= flags.items(), err
+    assert not code and given[-1].items() >= flags.items(), err
 
-def test_ablation_compares_guidances_of_one_strength(model_folder, run, tmp_path, monkeypatch):
-    given, generate = {}, VideoJAM.generate
-    monkeypatch.setattr(VideoJAM, "generate", lambda model, prompts, **options: (
-        given.update({options.get("mode"): options}), generate(model, prompts, **options))[1])
+def test_ablation_compares_guidances_of_one_strength(model_folder, run, tmp_path, given):
     code, _, err = run(bench.main, "ablation", "--run", model_folder, "--n", 1, "--steps", 1,
                        "--w1", 1, "--w2", 3, "--out", tmp_path)
+    scales = {options.get("mode"): (options["w1"], options["w2"]) for options in given}
     for mode in ("ip2p", "composable"):                 # where a scale of 1 is Eq. 8's 0
-        assert not code and (given[mode]["w1"], given[mode]["w2"]) == (2, 4), err
+        assert not code and scales[mode] == (2, 4), err
 
 def test_models_that_a_file_lacks_are_left_out(model_folder, run, tmp_path):
     preset, tae, dits = read_model_file(model_folder / "model.pt")
