@@ -197,8 +197,8 @@ def compare(e):
               (["motion as named %", *counts], by_kind),
               ([f"the first {min(n, args.few)} prompts", *header[1:]], by_raft)]
     return {"about": f"n = {n} held-out clips, {len(set(e.captions))} prompts, {args.seeds} "
-                     f"samples each, the same noise for every model, {args.steps} steps, w1 = "
-                     f"{args.w1:g}; 95% intervals over prompts.",
+                     f"samples each, the same noise for every model, {args.steps} steps of "
+                     f"{args.emulated}, w1 = {args.w1:g}; 95% intervals over prompts.",
             "tables": tables, "clips": results,
             "shown": [(name, video[:8]) for name, video in videos.items()]
             + [("motion predicted by VideoJAM", e.sample()[1][:8])]}
@@ -225,26 +225,29 @@ def ablation(e):
 
 @torch.no_grad()
 def sdedit(e):
-    """Clips noised to steps 20, 60, 80 of 100 and sampled on from there."""
-    n, args, table, shown = min(e.args.n, e.args.few), e.args, [], []
-    video, flow = (part[:n].to(e.device) for part in (e.video, e.flow))
-    y = tokenize(e.captions[:n], e.config.dit.max_bytes).to(e.device)
+    """Clips noised to some of 100 steps and sampled on from there: by when is what decided?"""
+    args, n, few, table, shown = e.args, e.args.n, e.args.few, [], []
+    video, flow = (part.to(e.device) for part in (e.video, e.flow))
+    y = tokenize(e.captions, e.config.dit.max_bytes).to(e.device)
     times = linear_quadratic(100).to(e.device)
     x1, d1, x0, d0 = e.latents(video, flow)
-    exact = held_out_clips(n, e.config.frames, e.config.size)[1].to(e.device)   # whatever d shows
-    truth = F.avg_pool2d(exact.flatten(0, 1), 8).flatten(1)
+    exact = held_out_clips(min(n, few), e.config.frames, e.config.size)[1]      # whatever d shows
+    truth = F.avg_pool2d(exact.to(e.device).flatten(0, 1), 8).flatten(1)
 
     def row(name, t, edited):
-        seen = in_parts(lambda v: estimate_flow(e.raft, v), edited)
+        seen = in_parts(lambda v: estimate_flow(e.raft, v), edited[:few])
         cosine = F.cosine_similarity(F.avg_pool2d(seen.flatten(0, 1), 8).flatten(1), truth)
-        table.append([name, t, cell(cosine.view(n, -1).mean(1).tolist()),
-                      cell((edited - video).abs().flatten(1).mean(1).tolist())])
+        scores = score_clips(edited.cpu(), e.scenes)
+        table.append([name, t, cell(cosine.view(len(seen), -1).mean(1).tolist()),
+                      cell((edited - video).abs().flatten(1).mean(1).tolist()),
+                      *(cell([score[key] for score in scores], 100, share=True)
+                        for key in ("motion_ok", "shape"))])
         shown.append((name, edited[:8].cpu()))
 
     row("the clip itself, by RAFT", "1", video)
     row("through the TAE", "1", e.reconstruct(video).to(e.device))
     models = sorted({"base", "jam"} & e.models.keys())
-    for which, start in itertools.product(models, (0, 20, 60, 80)):
+    for which, start in itertools.product(models, (0, 20, 60, 80, 90, 95)):
         dit, t = e.models[which].dit, times[start].expand(n)
         x, d = interpolate(x1, x0, t), interpolate(d1, d0, t) if dit.config.motion else None
         with autocast(e.device):
@@ -253,10 +256,11 @@ def sdedit(e):
                                 progress=f"sdedit, {which} from {start}")
             edited = in_parts(lambda v: e.tae.decode(v, frames=e.config.frames), x)
         row(f"{which}, step {start}", f"{times[start]:.3f}", edited)
-    return {"about": f"n = {n} clips. Coarse motion (8 x 8 px means of RAFT's flow) "
-                     "against the clip's own: cosine, 1 is the same. Step 0 is a free sample. "
-                     "VideoJAM is given the clip's noised motion too.",
-            "tables": [(["from", "t", "agreement of motion", "difference of pixels"], table)],
+    return {"about": f"n = {n} clips. Coarse motion (8 x 8 px means of RAFT's flow, {min(n, few)} "
+                     "clips) against the clip's own: cosine, 1 is the same. Step 0 is a free "
+                     "sample. VideoJAM is given the clip's noised motion too.",
+            "tables": [(["from", "t", "agreement of motion", "difference of pixels",
+                         SCORES["motion_ok"], SCORES["shape"]], table)],
             "shown": shown}
 
 # ---------------------------------------------------------------- the paper's premise, as a dose
@@ -321,8 +325,8 @@ def premise_section(args, runs):
     return {"about": f"{sum(map(len, runs.values()))} of {len(TRAININGS) * (len(DOSES) + 2)} "
                      f"trainings, by --appearance ({shares} of the variance of pixels stand still) "
                      f"and --target (gain: over its own control). n = {args.n} prompts of held-out "
-                     f"clips, {args.steps} steps, w1 = {args.w1:g}, w2 = {args.w2:g}; 95% "
-                     "intervals over prompts, not trainings.",
+                     f"clips, {args.steps} steps of {args.emulated}, w1 = {args.w1:g}, w2 = "
+                     f"{args.w2:g}; 95% intervals over prompts, not trainings.",
             "tables": [score_table(scores, SCORES), (header, gains)]
             + [paired_table(targets, "gain, flow")] * (len(targets) > 1),
             "curves": curves, "runs": [[*world, some] for world, some in runs.items()]}
