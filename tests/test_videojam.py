@@ -9,6 +9,7 @@ from conftest import ROOT, TINY, equal, randomised, takes_no_bad_weights, tiny_d
 from torch import nn
 from torch.testing import assert_close
 
+from synthetic import APPEARANCE
 from videojam import (EOS, GUIDANCE, PAD, PRESETS, TAE, DiT, SpaceTimeConv, VideoJAM, attend,
                       check_velocity, euler_sample, flow_matching_loss, guided_velocity,
                       interpolate, joint_loss, linear_quadratic, new_entries, null_text, patchify,
@@ -544,6 +545,13 @@ def test_generate_refuses_bad_input(model_folder, options, complaint):
 @pytest.mark.parametrize("which", ("jam", "base", "control"))
 def test_shipped_weights_load_and_are_small(which):
     model = VideoJAM.load(which=which)
-    assert model.config == dataclasses.replace(PRESETS["toy"], w1=5., emulated=1000)
+    assert model.config == dataclasses.replace(PRESETS["toy"], appearance=APPEARANCE)
     assert model.dit.config.motion == (which == "jam")
     assert sum(path.stat().st_size for path in (ROOT / "weights").iterdir()) < 25 * 10 ** 6
+
+@pytest.mark.parametrize("direction, axis, sign", [("left", 1, -1), ("down", 0, 1)])
+def test_shipped_model_moves_a_sprite_as_named(direction, axis, sign):
+    video, _ = VideoJAM.load().generate([f"a red square moves {direction}"], steps=25)
+    red = F.relu(video[0, :, 0] - video[0, :, 1:].mean(1) - .3)         # (T, H, W)
+    place = (red.sum(2 - axis) * torch.arange(64)).sum(1) / red.sum((1, 2))
+    assert (sign * place.diff() > 0).all() and sign * (place[-1] - place[0]) > 8     # pixels
