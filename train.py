@@ -859,7 +859,7 @@ def parse():
     args.device = device_of(args.device)
     args.precision = {"bf16": torch.bfloat16, "fp32": torch.float32,
                       None: fast_dtype(args.device)}[args.precision]
-    # a toy's few latents are decided before t = .1, where logit-normal has only 1.4% of its samples
+    # in a plain world motion is decided before t = .1, where logit-normal has 1.4% of its samples
     defaults = {"uniform_t": toy, "t_shift": 3. if toy else 1., "compile": can_compile(args.device),
                 "appearance": 0. if args.data else APPEARANCE,
                 "prepare": 2_400 if args.device.type == "cpu" else 20_000,
