@@ -3,7 +3,8 @@
 A dataset, `Sprites` or `Folder`, has clips under keys:
 
     keys(n)             what encode takes: n clips of the sprite world, or of each video
-    read(keys)          video (n, T, 3, H, W) in [0, 1], captions, for `motion`, {key: why not}
+    read(keys)          video (n, T, 3, H, W) in [0, 1], captions, what `motion` needs beside the
+                        video, {key: why it was skipped}
     motion(video, ...)  RGB flow (n, T, 3, H, W) in [0, 1], Eq. 5
     training(indices)   clips 0, 1, 2, ... of the TAE's training, as `read`
     held_out(n)         clips for previews, as `read`
@@ -253,8 +254,9 @@ class Folder:
         print_skipped({name: one["reason"] for name, one in listing.items() if "reason" in one})
 
     def prepare(self, limit, workers):
-        """Writes the first frames of the videos and their RGB flow, about `limit` in all, of one a
-        quarter of that at most, as (2, n, 3, H, W) uint8. `prepared`: {name: (file, n)}."""
+        """Writes the first frames of the videos and their RGB flow, a file (2, n, 3, H, W) uint8
+        each, until there are about `limit` frames: of a video at most a quarter of `limit`, or one
+        clip where that is longer. `prepared`: {name: (file, n)}."""
         T, S, fps, wanted, paths = self.preset.frames, self.preset.size, self.preset.fps, {}, {}
         for name in sorted(self.videos, key=lambda name: zlib.crc32(os.fsencode(name))):
             if sum(wanted.values()) < limit:

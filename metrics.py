@@ -1,7 +1,7 @@
 """What is measured of a video: tracking and fitting of sprites, VBench's formulas, statistics.
 
-A sprite is tracked by its chroma, which a grey background does not have; its shape is the nearest
-template's; the motion that the prompt names is fitted to its path, by the scene's own physics.
+A sprite is tracked by its chroma, from which the background's is subtracted; its shape is the
+nearest template's; the motion that the prompt names is fitted to its path, by the scene's physics.
 """
 import itertools
 import math
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from flow import estimate_flow, stream_flow
 from synthetic import (COLOURS, DIRECTIONS, HELD_OUT, SHAPES, TRAVEL, TURNS, bouncing, cover_of,
-                       sprite_clips, sprite_scene)
+                       sprite_clips, sprite_scene, two_teeth)
 
 # ---------------------------------------------------------------- tracking a sprite
 
@@ -66,7 +66,7 @@ def track(video, colour, shape):
     return in_frame, min(errors, key=errors.get), path, alpha
 
 def count_regions(mask, least):
-    """How many connected regions of `least` pixels or more masks (T, S, S) have, (T,)."""
+    """How many connected regions of at least `least` pixels each of the masks (T, S, S) has."""
     T, S, _ = mask.shape
     label = torch.arange(1., S * S + 1).view(1, S, S) * mask
     while not torch.equal(spread := F.max_pool2d(label, 3, 1, 1) * mask, label):
@@ -91,7 +91,9 @@ def in_range(value, low, high, slack=.3):
 def fit_motion(kind, phrase, path, size, radius=.145):
     """Fits the family of a named motion to a path (T, 3): the RMS error in px of a coordinate (of a
     spin with the angle's, at the sprite's edge); whether the path is as named: an error below 2.5%
-    of the width, the right direction, widths or turns within 30% of the training range."""
+    of the width, the right direction, widths and a spin's turns within 30% of the training range, a
+    swing's cycles within 15% (its angle and an orbit's turns: as wide as the search). ValueError: a
+    motion of two sprites."""
     T, words = len(path), phrase.split()
     tau, one, zero = np.linspace(0, 1, T), np.ones(T), np.zeros(T)
     both = path[:, :2].T.flatten() / size                               # x of all frames, then y
@@ -109,8 +111,7 @@ def fit_motion(kind, phrase, path, size, radius=.145):
         across = abs(c[2] * DIRECTIONS[word][1]) + abs(c[3] * DIRECTIONS[word][0])
         good = in_range(along, *TRAVEL[speed]) and across < .3 * along
     elif kind == "zigzag":
-        tooth = np.abs((2 * tau + .5) % 1 * 2 - 1)
-        rms, c, _ = least_squares([planar((tau, zero), (zero, tooth))], both)
+        rms, c, _ = least_squares([planar((tau, zero), (zero, two_teeth(tau)))], both)
         good = in_range(c[2] * DIRECTIONS[word][0], .45, .6) and in_range(c[3], .2, .3)
     elif kind == "swing":
         family = [(a, n, p) for a in np.linspace(.5, 1, 11) for n in np.linspace(.6, 1.4, 33)
@@ -135,6 +136,8 @@ def fit_motion(kind, phrase, path, size, radius=.145):
         rms, c, _ = least_squares([planar((zero, bouncing(tau, 0, 1, f, e)))
                                       for f, e in family], both)
         good = in_range(c[2], 1 - .4 - .17, 1 - 2 * .12)
+    else:
+        raise ValueError(f"{kind}: not the motion of one sprite")
     return rms * size, bool(good and rms < .025)
 
 # ---------------------------------------------------------------- scores of sprite clips
@@ -146,11 +149,12 @@ def held_out_clips(n, frames, size, start=HELD_OUT + 10_000, **options):
     return sprite_clips(list(itertools.islice(alone, n)), frames, size, clutter=0, **options)
 
 def score_clips(video, scenes):
-    """Scores of clips (N, T, 3, S, S) against the scenes that they should show, a dict each:
+    """Scores of clips (N, T, 3, S, S) against the scenes of one sprite that they should show:
     detected (`track` sees the sprite in all frames, no other colour); single (one connected region
     throughout); shape (the nearest template is the named one's); motion_ok (detected, and moving as
     named); single_motion_ok (both: two sprites may move as named together); error (`fit_motion`'s,
-    or None). Of several samples of the scenes (all first ones come first), the mean."""
+    or None). A dict each. The clips may be k samples of all scenes, one after the other: then a
+    scene has their mean."""
     rows = []
     for clip, scene in zip(video, itertools.cycle(scenes)):
         sprite, S = scene["sprites"][0], clip.shape[-1]

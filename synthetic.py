@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 # ---------------------------------------------------------------- the sprite world
 # A scene's coordinates are in frame widths, x right and y down; its time tau runs from 0 to 1 over
-# the clip. So a seed gives the same scene at every size and (up to where swings and orbits are
-# placed) at every length. Angles are clockwise on screen.
+# the clip. So a seed gives the same scene at every size and (up to where zigzags, swings and orbits
+# are placed) at every length. Angles are clockwise on screen.
 
 HELD_OUT = 1_000_000_000            # seeds below it are for training, the others for evaluation
 COLOURS = {"red": (.90, .12, .12), "green": (.10, .62, .18), "blue": (.12, .25, .90),
@@ -53,8 +53,13 @@ def bouncing(tau, y0, floor, fall_time, restitution):
         start, speed = start + 2 * speed / gravity, speed * restitution
     return np.minimum(y, floor)
 
+def two_teeth(tau):
+    """Height at times tau of a zigzag: from 0 up to 1 and back, twice."""
+    return np.abs((2 * tau + .5) % 1 * 2 - 1)
+
 def motion_path(kind, phrase, speed, radius, tau, rng):
-    """One sprite's path (T, 3): x, y (frame widths) and angle; and the physics behind it."""
+    """One sprite's path (T, 3): x, y (frame widths) and angle; and the physics behind it. What is
+    drawn here `fit_motion` in metrics.py accepts: it knows these ranges too."""
     x, y, angle = np.zeros_like(tau), np.zeros_like(tau), np.zeros_like(tau)
     word, p = phrase.split()[-1], {}
     sign = -1 if word in ("left", "counterclockwise") else 1
@@ -64,7 +69,7 @@ def motion_path(kind, phrase, speed, radius, tau, rng):
     elif kind == "zigzag":
         p = {"travel": rng.uniform(.45, .6), "height": rng.uniform(.2, .3)}
         x = sign * p["travel"] * tau
-        y = p["height"] * np.abs((2 * tau + .5) % 1 * 2 - 1)            # two teeth
+        y = p["height"] * two_teeth(tau)
     elif kind == "swing":
         p = {"length": rng.uniform(.3, .4), "amplitude": rng.uniform(.6, .85),
              "cycles": rng.uniform(.8, 1.2), "phase": rng.choice([0., np.pi])}

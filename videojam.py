@@ -10,7 +10,7 @@ Legend, used everywhere:
 
     t           time: t = 0 is noise, t = 1 is data. A "sampling step" is the paper's index, 0 to 99
     x, d, y     appearance, motion, text; x_t is x at time t, x1 is data, x0 is noise
-    z           what a model takes: x, or [x, d]
+    z           what a model takes: x, or [x, d] (in the TAE: a latent before it is whitened)
     u           the predicted velocity; after 4.2 u = [u^x, u^d]: 2C channels, x's first, then d's
     w1, w2      guidance scales of text and of motion
     video       (B, T, 3, H, W) in [0, 1], appearance or motion as RGB
@@ -102,7 +102,8 @@ def mean_squared_error(u, v, reduction):
 
 def flow_matching_loss(model, x1, y, null=None, noise=None, reduction="mean", **options):
     """Eq. 3, E ||u - v||^2, as a mean over samples, channels and positions; x1 (B, C, ...), y (B,
-    ...). noise: `sample_noise` with the options. reduction "channels": the means, (B, C)."""
+    ...). noise: a `Noise`, by default sample_noise(x1.shape, **options). reduction: "mean", or
+    "channels" for means over positions, (B, C)."""
     n = (noise or sample_noise(x1.shape, **options)).like(x1)
     x_t = interpolate(x1, n.x0, n.t)                                                # Eq. 1
     y = drop_text(y, n.no_text, null)                                               # Sec. 4.3
@@ -141,8 +142,10 @@ def rms_norm(x):
     return F.rms_norm(x, x.shape[-1:], eps=1e-6)
 
 @functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)            # nothing could be trained with a cached inference tensor
 def rope_table(grid, head_dim, device):
-    """Axial rotary angles of a grid -> cos, sin (positions, head_dim / 2), shared by the axes."""
+    """Axial RoPE: each axis of the grid turns a part of the head_dim / 2 pairs -> cos, sin
+    (positions, head_dim / 2)."""
     pairs = head_dim // 2
     shares = [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3] if len(grid) == 3 else [pairs]
     axes = torch.meshgrid(*[torch.arange(n, device=device).float() for n in grid], indexing="ij")
@@ -303,8 +306,9 @@ def initialize(modules):
 CONVS = nn.Conv1d, nn.Conv2d, nn.Conv3d
 
 def widen(weight, axis, C, channel_last, others=0, at=None):
-    """A weight with zeros for d's C channels, before channel `at` (default: after x's C), along its
-    axis: (positions of a patch, C + others) with channel_last, else (C + others, positions)."""
+    """A weight with zeros for d's C channels, before channel `at` (default: after x's C). Its axis
+    runs over the values of a patch: with channel_last position by position, C + others channels
+    each; else channel by channel, the positions of each."""
     along = axis + channel_last
     parts = weight.unflatten(axis, (-1, C + others) if channel_last else (C + others, -1))
     before, after = parts.tensor_split([C if at is None else at], along)
@@ -353,7 +357,8 @@ def widen_output(layer, C, channel_last):
 @torch.no_grad()
 def check_velocity(before, model, x, t, y):
     """To call right after widening, since a wrong channel_last, others or at raises nothing by
-    itself: ValueError unless u^x (B, C, ...) is as `before`, for any d, up to what bf16 rounds."""
+    itself. before: u (B, C, ...) at x, t, y before widening. ValueError unless u^x is still that,
+    for any d, up to what bf16 rounds."""
     u = model(torch.cat([x, 100 * torch.randn_like(x)], 1), t, y)       # large: it shows anywhere
     if u.shape[1] != 2 * x.shape[1]:
         raise ValueError(f"u has {u.shape[1]} channels, not {2 * x.shape[1]}: widen both layers")
@@ -366,7 +371,7 @@ def joint_loss(model, x1, d1, y, null=None, noise=None, reduction="mean", **opti
     samples, channels and positions. x1, d1 (B, C, ...); else as `flow_matching_loss`.
 
     Where the motion is dropped (Sec. 4.3), d_t is zero and its target stays: the model learns to
-    guess E[d_1] from appearance. d_0 cannot be guessed, so that part of the loss stays above 1."""
+    guess E[d_1] from appearance. d_0 cannot be guessed: there d's half of the loss is above 1."""
     n = (noise or sample_noise(x1.shape, **options)).like(x1)
     x_t, d_t = interpolate(x1, n.x0, n.t), interpolate(d1, n.d0, n.t)               # Eq. 1
     y = drop_text(y, n.no_text, null)                                               # Sec. 4.3
@@ -397,7 +402,7 @@ GUIDANCE = {
     "none": Guidance(lambda w1, w2: [(1, True, True)]),
     # Table 3's "d = 0": classifier-free guidance that never sees d
     "no-motion": Guidance(lambda w1, w2: [(1 + w1, False, True), (-w1, False, False)]),
-    # App. A: u(x,0,0) + w2 (u(x,d,0) - u(x,0,0)) + w1 (u(x,d,y) - u(x,d,0)); w2 = 1: text only
+    # App. A: u(x,0,0) + w2 (u(x,d,0) - u(x,0,0)) + w1 (u(x,d,y) - u(x,d,0)); w2 = 1 leaves "cfg"
     "ip2p": Guidance(lambda w1, w2: [
         (1 - w2, False, False), (w2 - w1, True, False), (w1, True, True)], late_w2=1.),
     # Eq. 9 as velocities, with weights (our reading): u(x,0,0) + w1 (u(x,0,y) - u(x,0,0))
@@ -428,7 +433,9 @@ def guided_velocity(model, x, d, t, y, w1=5., w2=3., mode="inner", null=None):
     text = [y if with_y else null for *_, with_y in terms]
     t = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x))
     text = on_tensors(lambda *parts: torch.cat(parts), *text)
-    u = model(torch.cat(z), t.repeat(len(terms)), text).chunk(len(terms))
+    u = model(torch.cat(z), t.repeat(len(terms)), text)
+    # weights such as 9, -5 and -3 multiply what bf16 rounds, so they are summed in fp32
+    u = u.to(torch.promote_types(u.dtype, torch.float32)).chunk(len(terms))
     return sum(torch.cat([w_x * part[:, :C], w_d * part[:, C:]], 1)
                for (w_x, w_d, *_), part in zip(terms, u))
 
@@ -644,7 +651,7 @@ class TextEncoder(nn.Module):
     that hides padding. Stands for the paper's UL2, ByT5 and MetaCLIP; trained with the DiT."""
     def __init__(self, config):
         super().__init__()
-        width, heads = config.text_width, round(config.text_width / 64)
+        width, heads = config.text_width, max(1, round(config.text_width / 64))
         self.head_dim = width // heads
         # on the meta device normal_ would import torch's compiler, which takes a second
         self.embed = nn.Embedding.from_pretrained(torch.empty(VOCABULARY, width), freeze=False)
@@ -687,8 +694,8 @@ class Preset:
         return (self.w1 if w1 is None else w1, self.emulated if emulated is None else emulated)
 
 PRESETS = {
-    "toy": Preset(frames=16, size=64, fps=8,                    # 3.3 M parameters: minutes on a CPU
-                  w1=2., emulated=400,      # motion is decided later in a small clip
+    "toy": Preset(frames=16, size=64, fps=8,                    # 3.3 M parameters: for a CPU
+                  w1=2., emulated=400,      # chosen on training seeds; a small clip is decided late
                   tae=TAEConfig(channels=8, patch=4, widths=(48, 96, 96), strides=((2, 2), (2, 1)),
                                 blocks=1),
                   dit=DiTConfig(channels=8, width=224, depth=4, heads=4, ffn=448, text_width=96,

@@ -96,6 +96,8 @@ def test_fit_motion_accepts_true_paths_and_rejects_faster_ones():
         fast = path[[*range(0, 16, 3), *[15] * 10]] if s["kind"] == "fall" else 2.2 * path
         verdicts = [fit_motion(s["kind"], s["phrase"], p, 64)[1] for p in (path, fast)]
         assert verdicts == [True, False], s
+    with pytest.raises(ValueError, match="collide: not the motion of one sprite"):
+        fit_motion("collide", "collide", path, 64)
 
 def test_count_regions_connects_corners_and_leaves_out_specks():
     mask = torch.zeros(3, 8, 8, dtype=bool)

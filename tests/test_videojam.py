@@ -96,6 +96,13 @@ def test_dit_depends_on_time_text_and_order_of_tokens():
                   dit(x.flip(3), .5, y).flip(3), dit(x.flip(4), .5, y).flip(4)):
         assert (other - u).abs().max() > 1e-3
 
+def test_dit_trains_after_inference_mode_and_with_a_narrow_text_encoder():
+    y, dit = tokenize(["abc"]), DiT(dataclasses.replace(TINY.dit, text_width=16))
+    x = torch.randn(1, 4, 1, 10, 2)             # a grid that no other test has cached
+    with torch.inference_mode():
+        dit(x, .5, y)
+    flow_matching_loss(dit, x, y).backward()
+
 def test_dit_starts_at_zero_and_takes_any_size_of_whole_patches():
     dit, y = DiT(TINY.dit), tokenize(["a", "b"])
     for shape in ((2, 4, 3, 4, 4), (2, 4, 5, 2, 8)):
@@ -353,13 +360,14 @@ def test_euler_sample_matches_steps_by_hand(mode, late_w2, motion, steps, motion
     evaluations = [len(z) for z, _, _ in model.calls]
     assert evaluations[:steps] == evaluations[steps:]
 
-def test_euler_sample_gives_the_model_bf16_and_keeps_t_and_path_in_fp32():
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_euler_sample_gives_the_model_bf16_and_keeps_t_guidance_and_path_in_fp32(dtype):
     x, d, y, null = (part.bfloat16() for part in inputs())
     end, times, seen = torch.cat([x, d], 1).float(), linear_quadratic(1000), []
     def model(z, t, y):             # the velocity of a straight path from zero to `end`
         seen.append((z.dtype, t[0].item()))
-        return end
-    sampled = euler_sample(model, 0 * x, 0 * d, y, times, 0, 0, "inner", null)
+        return end.to(dtype).repeat(len(z) // len(end), *[1] * (end.ndim - 1))
+    sampled = euler_sample(model, 0 * x, 0 * d, y, times, 5, 3, "inner", null)
     assert_close(torch.cat(sampled, 1), end, atol=1e-4, rtol=0)
     assert seen == [(torch.bfloat16, t) for t in times[:-1].tolist()]
 
