@@ -53,16 +53,19 @@ class Evaluator:
     """What every experiment starts from: held-out clips, a run's models, and their samples."""
     def __init__(self, args):
         self.args, self.device, self.models = args, device_of(args.device), {}
+        if args.run and (Path(args.run) / "videos.json").is_file():
+            raise ValueError(f"{args.run}: of own videos, but the experiments are of sprites: "
+                             "python sample.py --out FOLDER, then bench.py metrics FOLDER")
         self.raft, path = RAFT.load().to(self.device), weights_path(args.run)
         self.config, _, dits = read_model_file(path)
-        there = dits.keys() | {"jam"}                           # which it must have
         set_sampler(args, self.config)
-        for which in sorted(there, reverse=True):
+        for which in ("jam", "control", "base"):
+            if which not in dits and which != "jam":            # without jam, load refuses the file
+                print(f"{path}: no {which} model, its rows are left out")
+                continue
             self.models[which] = VideoJAM.load(path, which, self.device)
             if self.device.type == "cpu" and can_compile(self.device):  # a GPU samples faster
                 compile_layers(self.models[which].dit)
-        for which in {"base", "control"} - there:
-            print(f"{path}: no {which} model, its rows are left out")
         self.tae = self.models["jam"].tae
         self.world = {"appearance": self.config.appearance, "target": self.config.target}
         self.video, self.flow, self.captions, self.scenes = held_out_clips(
@@ -102,7 +105,7 @@ SCORES = {"detected": "detected in all frames %", "single": "single sprite %",
 PAIRED = {"detected": "detected, points", "motion_ok": "motion as named, points",
           "single": "single sprite, points", "shape": "named shape, points",
           "single_motion_ok": "single, motion as named, points",
-          "error": "mean motion error where both are detected, px"}
+          "error": "mean motion error where detected, px"}
 
 def score_table(results, titles):
     """A table of {name: rows of scores} with a column for each of {score: title}."""
@@ -196,9 +199,9 @@ def compare(e):
               paired_table({name: results[name] for name in (alone, guided)}, alone),
               (["motion as named %", *counts], by_kind),
               ([f"the first {min(n, args.few)} prompts", *header[1:]], by_raft)]
-    return {"about": f"n = {n} held-out clips, {len(set(e.captions))} prompts, {args.seeds} "
-                     f"samples each, the same noise for every model, {args.steps} steps of "
-                     f"{args.emulated}, w1 = {args.w1:g}; 95% intervals over prompts.",
+    return {"about": f"n = {n} held-out clips, {len(set(e.captions))} different prompts, "
+                     f"{args.seeds} samples each, the same noise for every model, {args.steps} "
+                     f"steps of {args.emulated}, w1 = {args.w1:g}; 95% intervals over clips.",
             "tables": tables, "clips": results,
             "shown": [(name, video[:8]) for name, video in videos.items()]
             + [("motion predicted by VideoJAM", e.sample()[1][:8])]}
@@ -271,9 +274,10 @@ def judge(args, dose, target, seed):
     """What a default run in a world is like: it is trained and judged, if it is not yet."""
     run = args.out / f"{dose:g}-{target}-{seed}"
     settings = f"n{args.n}-steps{args.steps}-of-{args.emulated}-w1-{args.w1:g}-w2-{args.w2:g}"
-    path = run / f"{settings}.json"
+    path = run / f"{settings}{f'-seeds{args.seeds}' * (args.seeds > 1)}.json"
     if not path.exists():
         flags = {"--appearance": dose, "--target": target, "--seed": seed, "--out": run}
+        flags |= {"--device": args.device} if args.device else {}
         command = [sys.executable, ROOT / "train.py", *itertools.chain(*flags.items())]
         ours = signal.signal(signal.SIGINT, lambda *_: None)    # train.py ends its step on Ctrl-C
         code = subprocess.run([*map(str, command)]).returncode
@@ -323,9 +327,9 @@ def premise_section(args, runs):
     shares = ", ".join(f"{share:.0f}%" for share in still.values())
     return {"about": f"{sum(map(len, runs.values()))} of {len(TRAININGS) * (len(DOSES) + 2)} "
                      f"trainings, by --appearance ({shares} of the variance of pixels stand still) "
-                     f"and --target (gain: over its own control). n = {args.n} prompts of held-out "
-                     f"clips, {args.steps} steps of {args.emulated}, w1 = {args.w1:g}, w2 = "
-                     f"{args.w2:g}; 95% intervals over prompts, not trainings.",
+                     f"and --target (gain: over its own control). n = {args.n} held-out clips, "
+                     f"{args.seeds} samples each, {args.steps} steps of {args.emulated}, w1 = "
+                     f"{args.w1:g}, w2 = {args.w2:g}; 95% intervals over clips, not trainings.",
             "tables": [score_table(scores, SCORES), (header, gains)]
             + [paired_table(targets, "gain, flow")] * (len(targets) > 1),
             "curves": curves, "runs": [[*world, some] for world, some in runs.items()]}
@@ -348,10 +352,12 @@ def metrics(args):
             tqdm.write(f"skipped {name}: {error}")
     if not rows:
         raise ValueError(f"{folder}: no video in it that can be read, {len(names)} that cannot")
+    means = list(map(mean_row, prompts.values())) if len(prompts) > 1 else list(rows.values())
     return {"about": f"n = {len(rows)} videos of {len(prompts)} prompts, {len(names) - len(rows)} "
                      "skipped. Means of prompts, whose videos are averaged first; 95% intervals "
-                     "over prompts. By VBench's formulas; RAFT is ours, and in AMT's place.",
-            "tables": [score_table({str(folder): list(map(mean_row, prompts.values()))}, VBENCH)],
+                     "over prompts (over the videos if all are of one). By VBench's formulas; RAFT "
+                     "is ours, and in AMT's place.",
+            "tables": [score_table({str(folder): means}, VBENCH)],
             "videos": rows}
 
 # ---------------------------------------------------------------- the report
@@ -435,14 +441,16 @@ def parse():
     flag("--w2", type=float, default=3., help="motion guidance (%(default)g)")
     flag("--quick", action="store_true", help="16 prompts, 25 steps, RAFT for 4 of them: a look")
     flag("--device", help="default: a GPU if there is one")
-    flag("--out", type=Path, help="folder; default: runs/bench, or in it")
+    flag("--out", type=Path, help="default: runs/bench, in it a folder by run and experiment")
     args = parser.parse_intermixed_args()
     args.n = args.n or (16 if args.quick else 50)
     args.steps = args.steps or (25 if args.quick else 100)
     args.few = 4 if args.quick else 24          # clips that RAFT, which is slow, looks at
     if (args.experiment == "metrics") != bool(args.folder):
         raise ValueError("metrics takes a folder of videos, nothing else does: --run names a run")
-    args.out = args.out or Path("runs/bench") / (args.experiment or "")
+    if args.experiment == "premise" and args.run:
+        raise ValueError("premise trains its own runs, it takes no --run")
+    args.out = args.out or Path("runs/bench", Path(args.run or "").name, args.experiment or "")
     return args
 
 def main():

@@ -229,6 +229,9 @@ class Folder:
         """Writes {name: {caption, stamp, frames} or {reason}}; opens what has changed alone."""
         layout, found = find_videos(self.folder)
         before, listing = read_json(path) if path.is_file() else {}, {}
+        if before and found and before.keys().isdisjoint(name for name, _ in found):
+            raise ValueError(f"{path.parent}: was begun with other videos, none of them is in "
+                             f"{self.folder}: take another --out, or delete it")
 
         def entry(name, caption):
             try:

@@ -304,10 +304,7 @@ def main():
     parser.add_argument("video", nargs="?", type=Path, help="a video file")
     parser.add_argument("--out", type=Path, help=".mp4 to write (default: VIDEO-flow.mp4)")
     parser.add_argument("--weights", default=ROOT / "weights/raft.pt", help="RAFT-small's weights")
-    parser.add_argument("--train", action="store_true", help="moved to train.py --stage raft")
     args = parser.parse_args()
-    if args.train:
-        raise ValueError("RAFT is trained by python train.py --stage raft")
     if not args.video or not args.video.is_file():
         raise ValueError(f"{args.video or 'no video'}: no such file")
     target = args.out or args.video.with_name(f"{args.video.stem}-flow.mp4")

@@ -76,7 +76,7 @@ RAFT_DEFAULTS = 20_000, 4e-4, 8         # of stage raft, whatever the preset
 VERSION = 13                            # of a run's folder: raised when old runs cannot go on
 SHARD = 256                             # clips in a file of latents
 WHITENING_CLIPS = 256                   # that the TAE's whitening is fitted on
-CHECKPOINT_SECONDS = 60                 # between two; or 20 times what one takes to write
+CHECKPOINT_SECONDS = 60                 # between two at least; or 20 times what one takes to write
 WARMUP_STEPS, MAX_NORM, EMA_DECAY = 200, 1., .999
 MAX_BAD_STEPS = 10                      # in a row, whose gradient is not finite, end a run
 T_BINS = 5                              # losses are logged apart for t in [0, .2), [.2, .4), ...
@@ -249,6 +249,14 @@ class Run:
             dit = DiT(dataclasses.replace(self.preset.dit, motion=stage == "jam"))
         return self.load_ema(path, dit.to(dtype).to_empty(device="cpu"))
 
+    def write_raft(self):
+        """Writes raft.pt, from the last checkpoint of stage raft."""
+        if rank() == 0:
+            raft = self.load_ema(self.last("raft")[0], RAFT())
+            write_tensors(self.out / "raft.pt", {name: weight.half()
+                                                 for name, weight in raft.state_dict().items()})
+        barrier()
+
     def log(self, **row):
         """Appends a row to metrics.jsonl. After a kill steps come again: their last row counts."""
         if rank() == 0:
@@ -396,7 +404,8 @@ class Trainer:
 
     def update(self, data):
         """One step: gradients in --accumulate parts, clipped; optimizers; EMA. Returns what the
-        losses report; if it is not finite, it is skipped. ValueError: MAX_BAD_STEPS in a row."""
+        losses report. A step whose gradient is not finite changes nothing and returns [].
+        ValueError: MAX_BAD_STEPS such steps in a row."""
         self.rate = self.lr * min(
             1, (self.step + 1) / min(WARMUP_STEPS, self.steps / 10 + 1),        # at first it rises
             (self.steps - self.step) / (self.stage.decay * self.steps))         # and at last falls
@@ -733,11 +742,9 @@ class RAFTStage:
         yield loss, {"loss": loss[None]}
 
     def preview(self, checkpoint, step):
-        """Writes raft.pt and a picture: frame, next frame, true flow, estimate. Logs its errors."""
+        """Writes a picture: frame, next frame, true flow, estimate. Logs its errors."""
         run, errors, rows = self.run, {}, []
         raft = run.load_ema(checkpoint, RAFT()).eval().to(run.device)
-        write_tensors(run.out / "raft.pt", {name: weight.half().cpu()
-                                            for name, weight in raft.state_dict().items()})
         first, second, flow = flow_scenes(4, 128, HELD_OUT)
         clips = {"sprites": sprite_clips(range(HELD_OUT, HELD_OUT + 4))[:2],
                  "scenes": (torch.stack([first, second], 1), flow.unsqueeze(1))}
@@ -756,13 +763,16 @@ class RAFTStage:
 # ---------------------------------------------------------------- how long a run takes
 
 def activation_bytes(preset, checkpointing=False):
-    """What a training step keeps for its backward pass, in bytes a clip (bf16; 220: measured)."""
+    """Bytes a clip that a training step keeps for its backward pass: 220 (measured, in bf16) for
+    each channel of each token in each block; with checkpointing 2, and 220 in the one block that is
+    computed again."""
     _, T, H, W = preset.latent_shape()
     channels = T * H * W // preset.dit.patch ** 2 * preset.dit.width
     return channels * (2 * preset.dit.depth + 220 if checkpointing else 220 * preset.dit.depth)
 
 def step_flops(preset):
-    """{stage: FLOPs of a clip in a step}: backwards is twice forwards, the TAE sees motion too."""
+    """{stage: FLOPs of a clip in a step}: backwards is twice forwards, the TAE sees motion too.
+    (encode is not in it: how many clips it has left depends on the videos.)"""
     def forward(function, *inputs):
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             function(*inputs)
@@ -775,19 +785,18 @@ def step_flops(preset):
         decode = forward(tae.pixels, torch.zeros(1, T, H, W, C))
         text = tokenize(["x" * 100]).to("meta")
         step = 3 * forward(dit, torch.zeros(1, 2 * C, T, H, W), torch.zeros(1), text)
-    return {"tae": 6 * (encode + decode), "encode": 2 * encode,
-            "base": step, "jam": step, "control": step}
+    return {"tae": 6 * (encode + decode), "base": step, "jam": step, "control": step}
 
 def print_expected_time(run):
     """Prints a rough estimate for what is left of all stages, at half the measured speed of a large
-    matrix product. RAFT and reading videos are not counted."""
+    matrix product. Encode, RAFT and reading videos are not counted."""
     side, flops, total, each = 1024, step_flops(run.preset), 0, 0
     square = torch.randn(side, side, device=run.device, dtype=run.args.precision)
     product = Timer("a @ a", globals={"a": square}, num_threads=torch.get_num_threads())
     rate = .5 * world_size() * 2 * side ** 3 / product.blocked_autorange().median
-    for stage in run.stages:
+    for stage in flops.keys() & {*run.stages}:
         steps, _, batch = run.hyperparameters(stage)
-        seconds = flops[stage] / rate * (1 if stage == "encode" else batch)
+        seconds = flops[stage] / rate * batch
         total += seconds * max(0, steps - run.last(stage)[1].get("step", 0))
         each += seconds
     look = f"; a look in ten: --steps {max(1, int(600 / each))} --out runs/look"
@@ -800,7 +809,10 @@ def dry_run(args):
         P = sum(weight.numel() for weight in DiT(preset.dit).add_motion().parameters())
     steps, _, batch = DEFAULTS[args.preset]["jam"]
     steps, batch = args.steps or steps, args.batch or batch
-    clips = max(1, batch // gpus // args.accumulate)
+    clips, rest = divmod(batch, gpus * args.accumulate)
+    if rest:
+        raise ValueError(f"jam: the batch, {batch}, is no multiple of {gpus * args.accumulate} "
+                         "(GPUs x --accumulate)")
     flops = step_flops(preset)["jam"] * (4 / 3 if checkpointing else 1)     # forwards once more
     print(f"{args.preset} on {gpus} GPUs of {args.tflops:g} TFLOP/s: {steps} steps of jam, {batch} "
           f"clips each, activation checkpointing {'on' if checkpointing else 'off'}")
@@ -877,7 +889,7 @@ def main():
     run = Run(args)
     run.check()
     run.create()
-    if args.stage != "raft":
+    if args.stage not in ("encode", "raft"):
         print_expected_time(run)
     for stage in run.stages:
         if stage == "tae":
@@ -886,6 +898,7 @@ def main():
             encode(run)
         elif stage == "raft":
             train_loop(run, RAFTStage(run))
+            run.write_raft()
         else:
             train_loop(run, DiTStage(run, stage))
             run.export()

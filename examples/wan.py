@@ -138,7 +138,7 @@ class WanRun(train.Run):
         self.vae, C = TAE(vae).to(self.device), vae.config.z_dim
         self.preset = SimpleNamespace(
             **self.choices, frames=T, fps=16, size=(H, W) if args.data else H,
-            dit=SimpleNamespace(channels=C, max_bytes=2 ** 16),
+            dit=SimpleNamespace(channels=C, max_bytes=2 ** 16), sampler=self.preset.sampler,
             latent_shape=lambda: (C, (T + 3) // 4, H // 8, W // 8))
 
     def hyperparameters(self, stage):                           # encode: 4 clips of each video
@@ -275,6 +275,8 @@ def sample_videos(own, flags):
     if args.compare or args.which != "jam":
         raise ValueError(f"--compare, --which {args.which}: {folder} has VideoJAM's weights alone")
     run = WanRun(own, ["--out", folder, *(["--device", args.device] if args.device else [])])
+    if not (run.out / "transformer").is_dir():
+        raise ValueError(f"{folder}: not trained to its end yet, the same train command goes on")
     wan = load(WanTransformer3DModel, run.out / "transformer", dtype=run.args.precision)
     model = VideoJAM(run.preset, run.tae(), DiT(run, wan.to(run.device)))
     sample.write_samples(args, sample.read_prompts(args), {"jam": model})

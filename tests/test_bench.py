@@ -46,14 +46,15 @@ def test_premise_trains_and_judges_each_world_once(model_folder, run, tmp_path, 
     monkeypatch.setattr(bench, "DOSES", (0., .5))
     monkeypatch.setattr(bench, "TRAININGS", (7,))
     preset, tae, dits = read_model_file(model_folder / "model.pt")
-    trained, on_ctrl_c = [], signal.getsignal(signal.SIGINT)
+    trained, devices, on_ctrl_c = [], [], signal.getsignal(signal.SIGINT)
 
     def train(command):
         """In place of train.py: the fourth training is stopped."""
         flags = dict(zip(command[2::2], command[3::2]))
         trained.append(tuple(flags[name] for name in ("--appearance", "--target", "--seed")))
+        devices.append(flags.get("--device"))
         world = dataclasses.replace(preset, appearance=float(trained[-1][0]), target=trained[-1][1])
-        (out := Path(flags["--out"])).mkdir()
+        (out := Path(flags["--out"])).mkdir(exist_ok=True)
         write_model_file(out / "model.pt", world, tae, dits)
         if len(trained) == 4:
             signal.raise_signal(signal.SIGINT)          # Ctrl-C reaches both processes
@@ -65,10 +66,11 @@ def test_premise_trains_and_judges_each_world_once(model_folder, run, tmp_path, 
     assert code == 2 and "0.5-shuffled-7: not trained to its end" in err and "3 of 4 train" in said
     assert signal.getsignal(signal.SIGINT) == on_ctrl_c
     shutil.rmtree(tmp_path / "out/0.5-shuffled-7")
-    code, said, err = run(bench.main, *flags)
+    code, said, err = run(bench.main, *flags, "--device", "cpu")
     assert not code and "4 of 4 trainings" in said, err
     worlds = [("0.0", "flow"), ("0.5", "flow"), ("0.5", "mask"), ("0.5", "shuffled")]
     assert trained == [(*world, "7") for world in worlds + worlds[3:]]
+    assert devices == [None] * 4 + ["cpu"]
     section = json.loads((tmp_path / "out/results.json").read_text())["premise"]
     assert [row[:2] for row in section["runs"]] == [[float(a), b] for a, b in worlds]
     scores = section["runs"][1][2][0]["scores"]
@@ -98,6 +100,10 @@ def test_what_would_fail_at_the_end_is_said_before_anything_is_drawn(model_folde
                                           "--out", tmp_path / "file")
     for experiment in (*bench.EXPERIMENTS, "premise"):      # a path is not taken for a run
         assert "--run names a run" in refuses(bench.main, experiment, model_folder)
+    assert "it takes no --run" in refuses(bench.main, "premise", "--run", model_folder)
+    shutil.copytree(model_folder, own := tmp_path / "own")
+    (own / "videos.json").write_text("{}")
+    assert "own videos, but the exp" in refuses(bench.main, "--run", own, "--out", tmp_path / "out")
 
 @pytest.fixture
 def given(monkeypatch):

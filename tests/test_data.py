@@ -401,6 +401,13 @@ def test_a_folder_goes_through_all_stages_if_previews_fail(captioned, tmp_path, 
     assert code == 0, err
     assert "since encode the captions of 8 clips have changed" in printed
     assert "8 clips are new, --stage encode takes them in" in printed
+    (other := tmp_path / "other").mkdir()                   # another folder is not taken for it
+    write_clip(other / "e.mp4", ramp(12), 8)
+    (other / "e.txt").write_text("e")
+    listing = (out / "videos.json").read_bytes()
+    code, _, err = run(train.main, *flags, other)
+    assert code == 2 and "was begun with other videos, none of them is in" in err
+    assert (out / "videos.json").read_bytes() == listing
     (moved / "c.mp4").unlink()                              # nor is what is missing passed over
     code, printed, err = run(train.main, *flags, moved, "--stage", "base", "--steps", 2)
     assert code == 0 and "of 16 clips have changed, or videos are gone" in printed, err

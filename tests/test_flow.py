@@ -170,7 +170,6 @@ def test_bad_input_is_one_line(tmp_path, refuses, monkeypatch):
     assert "a.mp4: cannot be decoded" in refuses(script.main, path)
     assert "b.mp4: no such file" in refuses(script.main, tmp_path / "b.mp4")
     assert "no such file" in refuses(script.main, "/")
-    assert "python train.py --stage raft" in refuses(script.main, "--train")
     assert "-h shows all flags" in refuses(script.main, path, "--nonsense")
     assert "no video: no such file" in refuses(script.main)
     assert "cannot be written, --out names" in refuses(script.main, path, "--out", "nowhere/a.mp4")

@@ -218,6 +218,9 @@ def test_raft_is_a_stage_that_resumes_to_the_bit(tmp_path, run, monkeypatch):
     a, b = (torch.load(tmp_path / name / "raft.pt") for name in ("whole", "parts"))
     assert equal(a, b) and train.RAFT.load(tmp_path / "whole/raft.pt")
     assert iio.imread(tmp_path / "whole/previews/raft-000002.png").shape == (1024, 512, 3)
+    (tmp_path / "whole/raft.pt").unlink()               # as where a kill came before it
+    assert run(train.main, *flags, tmp_path / "whole")[0] == 0
+    assert equal(a, torch.load(tmp_path / "whole/raft.pt"))
     for more, complaint in (("--seed=1", "begun with seed 0, not 1"),
                             ("--batch=2", "raft takes --batch from 3 to 256")):
         assert complaint in run(train.main, *flags, tmp_path / "whole", more)[2]
@@ -376,10 +379,9 @@ def test_the_expected_time_is_that_of_the_steps_that_are_left(finished, tmp_path
     """At 1 FLOP a second and half of it used: 2 seconds a FLOP."""
     monkeypatch.setattr(train, "Timer", timer := Mock())
     timer().blocked_autorange().median = 2 * 1024 ** 3
-    monkeypatch.setattr(train, "step_flops", lambda preset: {"tae": 1, "encode": 2, "base": 3,
-                                                             "jam": 4, "control": 5})
-    for out, minutes in ((tmp_path, 2 * (3 * 4 + 32 * 2 + 3 * 4 * (3 + 4 + 5)) / 60),
-                         (finished, 2 * 32 * 2 / 60)):
+    monkeypatch.setattr(train, "step_flops", lambda preset: {"tae": 10, "base": 30, "jam": 40,
+                                                             "control": 50})
+    for out, minutes in ((tmp_path, 2 * (3 * 4 * 10 + 3 * 4 * (30 + 40 + 50)) / 60), (finished, 1)):
         monkeypatch.setattr(sys, "argv", ["train.py", *train_flags(out)])
         EXPECTED_TIME(train.Run(train.parse()))
         assert capfd.readouterr().out.startswith(f"about {minutes:.0f} minutes on this machine")
@@ -398,6 +400,8 @@ def test_dry_run_knows_the_papers_models(run, tmp_path, monkeypatch):
     assert .8 < flops / (4 * 2 * 4.238e9 * 4096 / 1e12) < 1.6
     hours = float(lines["hours"].replace(",", ""))
     assert hours == pytest.approx(50_000 * 32 * flops / (8 * 400) / 3600, rel=.01)
+    _, _, err = run(train.main, "--preset", "4b", "--gpus", 64, "--dry-run")
+    assert "the batch, 32, is no multiple of 64" in err
     for preset, on in (("small", "off"), ("4b", "on"), ("30b", "on")):
         assert f"checkpointing {on}" in run(train.main, "--preset", preset, "--dry-run")[1]
 
