@@ -183,7 +183,7 @@ def mean_row(rows):
 # ---------------------------------------------------------------- statistics: every number's n
 
 def interval(values, statistic=np.mean, share=False):
-    """[value, low, high], 95% over prompts, by bootstrap; for a share of 0s and 1s Wilson's."""
+    """[value, low, high], 95% over rows, by bootstrap; for a share of 0s and 1s Wilson's."""
     values, rng = np.asarray(values, float), np.random.default_rng(0)
     if share and np.isin(values, (0, 1)).all():
         n, p, z = len(values), values.mean(), 1.959964
@@ -194,7 +194,7 @@ def interval(values, statistic=np.mean, share=False):
     return [float(statistic(values)), *map(float, np.percentile(draws, [2.5, 97.5]))]
 
 def paired(a, b):
-    """Mean of a - b over prompts, 95% bootstrap interval, and p of a sign-flip permutation test."""
+    """Mean of a - b over rows, 95% bootstrap interval, and p of a sign-flip permutation test."""
     difference, rng = np.asarray(a, float) - np.asarray(b, float), np.random.default_rng(0)
     flipped = (rng.choice([-1, 1], (5000, len(difference))) * difference).mean(1)
     p = (1 + (np.abs(flipped) >= abs(difference.mean()) - 1e-12).sum()) / 5001
