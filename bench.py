@@ -273,8 +273,8 @@ MODELS = {"base": "base", "control": "control", "jam": "VideoJAM"}
 def judge(args, dose, target, seed):
     """What a default run in a world is like: it is trained and judged, if it is not yet."""
     run = args.out / f"{dose:g}-{target}-{seed}"
-    settings = f"n{args.n}-steps{args.steps}-of-{args.emulated}-w1-{args.w1:g}-w2-{args.w2:g}"
-    path = run / f"{settings}{f'-seeds{args.seeds}' * (args.seeds > 1)}.json"
+    path = run / (f"n{args.n}-seeds{args.seeds}-steps{args.steps}-of-{args.emulated}-"
+                  f"w1-{args.w1:g}-w2-{args.w2:g}.json")
     if not path.exists():
         flags = {"--appearance": dose, "--target": target, "--seed": seed, "--out": run}
         flags |= {"--device": args.device} if args.device else {}

@@ -108,6 +108,11 @@ def refuse_changes(path, before, settings):
     if changes:
         raise ValueError(f"{path} was begun with {changes}: take another --out, or delete it")
 
+def check_batch(stage, batch, unit, parts):
+    """ValueError unless the batch is a multiple of the unit, the product of some `parts`."""
+    if batch % unit:
+        raise ValueError(f"{stage}: the batch, {batch}, is no multiple of {unit} ({parts})")
+
 class Run:
     """A run's folder, and what all its stages share."""
     def __init__(self, args):
@@ -180,9 +185,8 @@ class Run:
         batch = args.batch if is_own and args.batch else row[2]
         parts = world_size() * args.accumulate
         unit = 8 * parts if stage == "raft" and parts > 1 else parts    # 1/8 where frames are large
-        if stage != "encode" and steps > status.get("step", 0) and batch % unit:
-            raise ValueError(f"{stage}: the batch, {batch}, is no multiple of {unit} (processes x "
-                             "--accumulate" + " x 8" * (unit > parts) + ")")
+        if stage != "encode" and steps > status.get("step", 0):
+            check_batch(stage, batch, unit, "processes x --accumulate" + " x 8" * (unit > parts))
         return steps, lr, batch
 
     def write_tae(self, tae, origin):
@@ -809,10 +813,8 @@ def dry_run(args):
         P = sum(weight.numel() for weight in DiT(preset.dit).add_motion().parameters())
     steps, _, batch = DEFAULTS[args.preset]["jam"]
     steps, batch = args.steps or steps, args.batch or batch
-    clips, rest = divmod(batch, gpus * args.accumulate)
-    if rest:
-        raise ValueError(f"jam: the batch, {batch}, is no multiple of {gpus * args.accumulate} "
-                         "(GPUs x --accumulate)")
+    check_batch("jam", batch, gpus * args.accumulate, "GPUs x --accumulate")
+    clips = batch // gpus // args.accumulate
     flops = step_flops(preset)["jam"] * (4 / 3 if checkpointing else 1)     # forwards once more
     print(f"{args.preset} on {gpus} GPUs of {args.tflops:g} TFLOP/s: {steps} steps of jam, {batch} "
           f"clips each, activation checkpointing {'on' if checkpointing else 'off'}")

@@ -274,9 +274,9 @@ def sample_videos(own, flags):
     args = sample.parse()
     if args.compare or args.which != "jam":
         raise ValueError(f"--compare, --which {args.which}: {folder} has VideoJAM's weights alone")
-    run = WanRun(own, ["--out", folder, *(["--device", args.device] if args.device else [])])
-    if not (run.out / "transformer").is_dir():
+    if not Path(folder, "transformer").is_dir():
         raise ValueError(f"{folder}: not trained to its end yet, the same train command goes on")
+    run = WanRun(own, ["--out", folder, *(["--device", args.device] if args.device else [])])
     wan = load(WanTransformer3DModel, run.out / "transformer", dtype=run.args.precision)
     model = VideoJAM(run.preset, run.tae(), DiT(run, wan.to(run.device)))
     sample.write_samples(args, sample.read_prompts(args), {"jam": model})

@@ -184,6 +184,8 @@ def test_tiny_killed_and_resumed_ends_the_same(run, tmp_path, monkeypatch, more)
     assert run(wan.main, *command[:-1], tmp_path / "whole")[0] == 0
     monkeypatch.setattr(wan.train.Trainer, "update", killed)
     assert run(wan.main, *command)[0] == 130 and not (tmp_path / "killed/transformer").exists()
+    code, _, err = run(wan.main, "sample", tmp_path / "killed", "a red square")
+    assert code == 2 and "killed: not trained to its end yet" in err
     assert run(wan.main, *command)[0] == 0 and len(calls) == 4 + 2
     for path in (tmp_path / "whole/transformer").iterdir():
         assert (tmp_path / "killed/transformer" / path.name).read_bytes() == path.read_bytes()
