@@ -27,13 +27,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import (ROOT, Parser, autocast, can_compile, compile_layers, device_of,
-                    frames_and_rate, grid, keep_freed_memory, open_video, positive_int,
-                    read_json, report_errors, write_text, write_video)
+from common import (ROOT, Parser, autocast, can_compile, compile_layers, device_of, ffmpeg,
+                    frames_and_rate, grid, guidance_scale, keep_freed_memory, nonempty, open_video,
+                    positive_int, read_json, report_errors, write_text, write_video)
 from data import video_files
 from flow import RAFT, estimate_flow, flow_to_rgb
-from metrics import (VBENCH, cell, held_out_clips, interval, mean_row, paired, score_clips,
-                     static_share, vbench)
+from metrics import (VBENCH, by_prompt, cell, held_out_clips, interval, mean_row, paired,
+                     score_clips, static_share, vbench)
 from synthetic import APPEARANCE, HELD_OUT, TARGETS, sprite_clips
 from videojam import (PRESETS, Noise, VideoJAM, euler_sample, flow_matching_loss, interpolate,
                       joint_loss, linear_quadratic, read_model_file, tokenize, weights_path)
@@ -48,6 +48,10 @@ def set_sampler(args, config):
     """Gives args a Preset's w1 and emulated where they have none. ValueError: too many steps."""
     args.w1, args.emulated = config.sampler(args.w1, args.emulated)
     linear_quadratic(args.steps, args.emulated)
+
+def sampling(args):
+    return (f"{args.steps} sampling steps of {args.emulated}, w1 = {args.w1:g}, w2 = {args.w2:g}, "
+            f"{args.seeds} samples of each prompt, the same noise for every model")
 
 class Evaluator:
     """What every experiment starts from: held-out clips, a run's models, and their samples."""
@@ -70,8 +74,8 @@ class Evaluator:
         self.world = {"appearance": self.config.appearance, "target": self.config.target}
         self.video, self.flow, self.captions, self.scenes = held_out_clips(
             args.n, self.config.frames, self.config.size, **self.world)
+        self.sample = functools.lru_cache(4)(self.sample)   # ablation shows compare's again
 
-    @functools.lru_cache(4)             # compare's samples, which ablation shows again
     def sample(self, which="jam", **options):
         """Video and RGB motion, --seeds times of all prompts; sample i has HELD_OUT + i's noise."""
         defaults = {name: vars(self.args)[name] for name in ("steps", "emulated", "w1", "w2")}
@@ -89,15 +93,17 @@ class Evaluator:
         generator = torch.Generator().manual_seed(HELD_OUT)
         return x1, d1, *(torch.randn(x1.shape, generator=generator).to(x1) for _ in range(2))
 
+    @functools.cached_property
     @torch.no_grad()
-    def reconstruct(self, video):
-        """Video through the TAE: the upper bound of what a DiT can reach."""
-        return in_parts(lambda v: self.tae.decode(self.tae.encode(v.to(self.device)),
-                                                  frames=self.config.frames).cpu(), video)
-
-    @property
     def upper_bounds(self):
-        return {"real clips": self.video, "through the TAE": self.reconstruct(self.video)}
+        """What a DiT can reach at best."""
+        coded = in_parts(lambda v: self.tae.decode(self.tae.encode(v.to(self.device)),
+                                                   frames=self.config.frames).cpu(), self.video)
+        return {"real clips": self.video, "through the TAE": coded}
+
+    def scores(self, videos):
+        """Scores of {name: clips}, a row for each clip: all prompts, then again if --seeds."""
+        return {name: score_clips(video, self.scenes) for name, video in videos.items()}
 
 SCORES = {"detected": "detected in all frames %", "single": "single sprite %",
           "shape": "named shape %", "motion_ok": "motion as named %",
@@ -105,10 +111,10 @@ SCORES = {"detected": "detected in all frames %", "single": "single sprite %",
 PAIRED = {"detected": "detected, points", "motion_ok": "motion as named, points",
           "single": "single sprite, points", "shape": "named shape, points",
           "single_motion_ok": "single, motion as named, points",
-          "error": "mean motion error where detected, px"}
+          "error": "mean motion error where both are detected, px"}
 
 def score_table(results, titles):
-    """A table of {name: rows of scores} with a column for each of {score: title}."""
+    """A table of {name: a row of scores for each prompt}, a column for each of {score: title}."""
     return ["", *titles.values()], [
         [name, *(cell([row[key] for row in rows], 100 if "%" in title else 1,
                       np.median if key == "error" else np.mean,
@@ -116,23 +122,34 @@ def score_table(results, titles):
                  for key, title in titles.items())]
         for name, rows in results.items()]
 
-def difference(rows, others, key):
-    """A score's mean of rows - others where both have it, its 95% interval, p and n."""
-    a, b = (np.array([row[key] for row in side], float) for side in (rows, others))
-    both = ~np.isnan(a - b)                             # None, where a score does not apply, is NaN
-    return *(paired(a[both], b[both]) if both.any() else [np.nan] * 4), both.sum()
+def gain(rows, others):
+    """What each row scores more than the other of its noise: None where one has no score."""
+    return [{key: None if None in (a[key], b[key]) else a[key] - b[key] for key in PAIRED}
+            for a, b in zip(rows, others)]
 
-def paired_table(results, against):
-    """Every model minus one, over the same prompts and noise."""
-    def gain(name, key):
-        *values, p, n = difference(results[name], results[against], key)
+def present(rows, key):
+    return [row[key] for row in rows if row[key] is not None]
+
+def paired_table(gains):
+    """A table of {name: a row of gains for each prompt}."""
+    def paired_cell(rows, key):
+        if not (values := present(rows, key)):
+            return "-"
+        *values, p, n = *paired(values), len(values)
         scale, digits = (1, 2) if key == "error" else (100, 1)
         return "{:+.{k}f} [{:+.{k}f}, {:+.{k}f}], p = {:.4f}, n = {}".format(
-            *(scale * v for v in values), p, n, k=digits)
+            *(scale * value for value in values), p, n, k=digits)
 
-    names = [name for name in results if name not in (against, "real clips", "through the TAE")]
     return ["p values are not corrected for their number", *PAIRED.values()], [
-        [f"{name} minus {against}", *(gain(name, key) for key in PAIRED)] for name in names]
+        [name, *(paired_cell(rows, key) for key in PAIRED)] for name, rows in gains.items()]
+
+def model_tables(scores, n, *comparisons):
+    """The table of `Evaluator.scores` of n prompts, and one of what models gain over another:
+    comparisons: (names, against), ..."""
+    gains = {f"{name} minus {against}": by_prompt(gain(scores[name], scores[against]), n)
+             for names, against in comparisons for name in names if name != against}
+    means = {name: by_prompt(rows, n) for name, rows in scores.items()}
+    return [score_table(means, SCORES), paired_table(gains)]
 
 # ---------------------------------------------------------------- Sec. 3, Fig. 3: motivation
 
@@ -169,7 +186,7 @@ def motivation(e):
         levels.append([f"{which}: rise %", *(cell(rises[k], 100) for k in rows)])
     return {"about": "Rise of the appearance loss when a clip's frames are permuted; "
                      f"n = {n} clips, the same noise and permutation for every model. VideoJAM "
-                     "sees the noised flow of the permuted clip too; with d = 0 it does not.",
+                     "sees the noised motion of the permuted clip too; with d = 0 it does not.",
             "tables": [(["", *(f"step {k}, t = {times[k]:.3f}" for k in shown)], levels)],
             "curves": [("relative rise %, by the sampler's step", relative, 100),
                        ("absolute rise, by the sampler's step", absolute, 1)]}
@@ -178,31 +195,29 @@ def motivation(e):
 
 def compare(e):
     """Tables 1, 2, 4: base, control (plain fine-tuning for the same steps) and VideoJAM."""
-    args, n = e.args, e.args.n
-    alone, guided = "VideoJAM, w2 = 0", f"VideoJAM, w2 = {args.w2:g}"
-    videos = e.upper_bounds
-    videos |= {which: e.sample(which)[0] for which in ("base", "control") if which in e.models}
-    videos |= {alone: e.sample(w2=0.)[0], guided: e.sample()[0]}
-    results = {name: score_clips(video, e.scenes) for name, video in videos.items()}
-    groups = {kind: [row["kind"] == kind for row in results["real clips"]]
-              for kind in sorted({row["kind"] for row in results["real clips"]})}
-    groups["unseen combinations"] = [row["held_out"] for row in results["real clips"]]
+    n, few = e.args.n, min(e.args.n, e.args.few)
+    alone, guided = "VideoJAM, w2 = 0", f"VideoJAM, w2 = {e.args.w2:g}"
+    plain = [which for which in ("base", "control") if which in e.models]
+    videos = {**e.upper_bounds, **{which: e.sample(which)[0] for which in plain},
+              alone: e.sample(w2=0.)[0], guided: e.sample()[0]}
+    scores = e.scores(videos)
+    groups = {kind: [row["kind"] == kind for row in scores["real clips"]]
+              for kind in sorted({row["kind"] for row in scores["real clips"]})}
+    groups["unseen combinations"] = [row["held_out"] for row in scores["real clips"]]
     by_kind = [[name, *(cell([row["motion_ok"] for row in itertools.compress(rows, group)], 100,
                              share=True) for group in groups.values())]
-               for name, rows in results.items()]
+               for name, rows in ((name, by_prompt(rows, n)) for name, rows in scores.items())]
     counts = [f"{name} (n {sum(group)})" for name, group in groups.items()]
     header, by_raft = score_table({name: [vbench(clip.to(e.device).unbind, e.config.fps, e.raft)
-                                          for clip in tqdm(video[:args.few], f"RAFT on {name}")]
+                                          for clip in tqdm(video[:few], f"RAFT on {name}")]
                                    for name, video in videos.items()}, VBENCH)
-    tables = [score_table(results, SCORES),
-              *([paired_table(results, "control")] if "control" in results else []),
-              paired_table({name: results[name] for name in (alone, guided)}, alone),
-              (["motion as named %", *counts], by_kind),
-              ([f"the first {min(n, args.few)} prompts", *header[1:]], by_raft)]
+    against = [([*plain, alone, guided], "control")] * ("control" in plain)
     return {"about": f"n = {n} held-out clips, {len(set(e.captions))} different prompts, "
-                     f"{args.seeds} samples each, the same noise for every model, {args.steps} "
-                     f"steps of {args.emulated}, w1 = {args.w1:g}; 95% intervals over clips.",
-            "tables": tables, "clips": results,
+                     f"{sampling(e.args)}; 95% intervals over clips.",
+            "tables": [*model_tables(scores, n, *against, ([guided], alone)),
+                       (["motion as named %", *counts], by_kind),
+                       ([f"the first {few} prompts", *header[1:]], by_raft)],
+            "clips": scores,
             "shown": [(name, video[:8]) for name, video in videos.items()]
             + [("motion predicted by VideoJAM", e.sample()[1][:8])]}
 
@@ -218,11 +233,13 @@ def ablation(e):
     variants |= {f"w2 = {w:g}": {"w2": w} for w in (1., 2., 4., 6.) if w != w2}
     variants |= {f"w2 in the first {share}% of steps": {"motion_steps": steps * share / 100}
                  for share in (25, 75, 100)}
-    rows = {name: score_clips(video, e.scenes) for name, video in e.upper_bounds.items()}
-    rows |= {name: score_clips(e.sample(**options)[0], e.scenes)
-             for name, options in variants.items()}
-    return {"about": f"n = {e.args.n} held-out prompts, same noise; composable: w2 in all steps.",
-            "tables": [score_table(rows, SCORES), paired_table(rows, first)], "clips": rows}
+    scores = e.scores(e.upper_bounds)
+    for name, options in variants.items():
+        scores |= e.scores({name: e.sample(**options)[0]})
+    return {"about": f"n = {e.args.n} held-out clips, {sampling(e.args)} if a row does not say "
+                     f"else. InstructPix2Pix and composable: w1 = {w1 + 1:g}, w2 = {w2 + 1:g}, of "
+                     "composable in all steps. 95% intervals over clips.",
+            "tables": model_tables(scores, e.args.n, (variants, first)), "clips": scores}
 
 # ---------------------------------------------------------------- App. B, Fig. 8: SDEdit
 
@@ -247,7 +264,7 @@ def sdedit(e):
         shown.append((name, edited[:8].cpu()))
 
     row("the clip itself, by RAFT", "1", video)
-    row("through the TAE", "1", e.reconstruct(video).to(e.device))
+    row("through the TAE", "1", e.upper_bounds["through the TAE"].to(e.device))
     models = sorted({"base", "jam"} & e.models.keys())
     for which, start in itertools.product(models, (0, 20, 60, 80, 90, 95)):
         dit, t = e.models[which].dit, times[start].expand(n)
@@ -271,11 +288,14 @@ DOSES, TRAININGS = (0., .25, .5, .75, 1.), (0, 1, 2)                # --appearan
 MODELS = {"base": "base", "control": "control", "jam": "VideoJAM"}
 
 def judge(args, dose, target, seed):
-    """What a default run in a world is like: it is trained and judged, if it is not yet."""
+    """What a default run in a world is like, and whether that is new: it is trained and judged, if
+    it is not yet or has changed. ValueError: training did not end, or a model is missing."""
     run = args.out / f"{dose:g}-{target}-{seed}"
     path = run / (f"n{args.n}-seeds{args.seeds}-steps{args.steps}-of-{args.emulated}-"
                   f"w1-{args.w1:g}-w2-{args.w2:g}.json")
-    if not path.exists():
+    model = weights_path(run)
+    is_new = not path.exists() or model.exists() and model.stat().st_mtime > path.stat().st_mtime
+    if is_new:
         flags = {"--appearance": dose, "--target": target, "--seed": seed, "--out": run}
         flags |= {"--device": args.device} if args.device else {}
         command = [sys.executable, ROOT / "train.py", *itertools.chain(*flags.items())]
@@ -283,12 +303,16 @@ def judge(args, dose, target, seed):
         code = subprocess.run([*map(str, command)]).returncode
         signal.signal(signal.SIGINT, ours)
         if code:
-            raise ValueError(f"{run}: not trained to its end; the same command goes on")
+            raise ValueError(f"{run}: not trained to its end, train.py says why: then the same "
+                             "command goes on")
         e = Evaluator(argparse.Namespace(**{**vars(args), "run": run}))
-        scores = {name: score_clips(e.sample(which)[0], e.scenes) for which, name in MODELS.items()}
+        if missing := sorted(MODELS.keys() - e.models.keys()):
+            raise ValueError(f"{run}: has no {', '.join(missing)} to compare with: train jam and "
+                             "control for the same steps, or delete it")
+        scores = e.scores({name: e.sample(which)[0] for which, name in MODELS.items()})
         write_text(path, json.dumps({"share": static_share(e.video), "scores": scores,
                                      "fig3": motivation(e)["curves"][0]}, default=list))
-    return read_json(path, "share", "scores", "fig3")
+    return read_json(path, "share", "scores", "fig3"), is_new
 
 def premise(args):
     """VideoJAM minus its control, against the share of the pixel variance that stands still; at
@@ -296,49 +320,54 @@ def premise(args):
     set_sampler(args, PRESETS["toy"])
     runs = {(dose, "flow"): [] for dose in DOSES} | {(APPEARANCE, target): [] for target in TARGETS}
     for seed, world in itertools.product(TRAININGS, runs):
-        runs[world].append(judge(args, *world, seed))
-        yield premise_section(args, {world: some for world, some in runs.items() if some})
+        judged, is_new = judge(args, *world, seed)
+        runs[world].append(judged)
+        if is_new or (seed, world) == (TRAININGS[-1], [*runs][-1]):
+            yield premise_section(args, {world: some for world, some in runs.items() if some})
 
 def premise_section(args, runs):
-    """The section of {(dose, target): [what `judge` said of each training]}."""
-    # of a prompt, the mean over trainings
-    means = {world: {name: list(map(mean_row, zip(*(run["scores"][name] for run in some))))
-                     for name in MODELS.values()} for world, some in runs.items()}
-    still = {world: 100 * some[0]["share"] for world, some in runs.items() if world[1] == "flow"}
-    targets = {f"gain, {target}": [
-        {key: np.subtract(*np.array([a[key], b[key]], float)) for key in PAIRED}
-        for a, b in zip(of["VideoJAM"], of["control"])]
-        for (dose, target), of in means.items() if dose == APPEARANCE}
-    scores, gains, curves = {}, [], []
-    for (dose, target), of in means.items():
-        scores |= {f"{dose:g}, {target}: {name}": rows for name, rows in of.items()}
-        each = {f"training {i}": run["scores"] for i, run in enumerate(runs[dose, target])}
-        for which, models in {"mean": of, **each}.items():
-            header, rows = paired_table(models, "control")
-            gains += [[f"{dose:g}, {target}, {which}: {name}", *cells] for name, *cells in rows]
+    """The section of {(dose, target): [what `judge` said of each training]}. Means and curves are
+    of those trainings that all of these worlds have."""
+    scores, gains, means, curves = {}, {}, {}, []
+    shared = min(map(len, runs.values()))
+    for (dose, target), some in runs.items():
+        each = {f"training {i}": run["scores"] for i, run in enumerate(some)}
+        each["mean"] = {name: sum((run["scores"][name] for run in some[:shared]), [])
+                        for name in MODELS.values()}
+        world = f"{dose:g}, {target}"
+        scores |= {f"{world}: {name}": by_prompt(rows, args.n)
+                   for name, rows in each["mean"].items()}
+        gains |= {f"{world}, {which}: {name} minus control":
+                  by_prompt(gain(models[name], models["control"]), args.n)
+                  for which, models in each.items() for name in ("base", "VideoJAM")}
+        means[dose, target] = gains[f"{world}, mean: VideoJAM minus control"]
+    targets = {f"gain, {target} minus gain, flow": gain(means[dose, target], means[dose, "flow"])
+               for dose, target in means if target != "flow"}
+    still = {dose: 100 * runs[dose, target][0]["share"] for dose, target in means
+             if target == "flow"}
     for keys, scale in (("detected", "motion_ok"), 100), (("error",), 1):
-        lines = {PAIRED[key]: (list(still.values()), [difference(
-            means[world]["VideoJAM"], means[world]["control"], key)[:3] for world in still])
-            for key in keys}
-        curves.append(("VideoJAM minus control, by % of variance that stands still", lines, scale))
-    for dose, _ in sorted({min(still), max(still)}):
+        lines = {PAIRED[key]: {still[dose]: paired(values)[:3] for dose in still
+                               if (values := present(means[dose, "flow"], key))} for key in keys}
+        curves.append(("VideoJAM minus control, by % of variance that stands still",
+                       {name: [[*line], [*line.values()]] for name, line in lines.items()}, scale))
+    for dose in sorted({min(still), max(still)}):
         label, *lines = runs[dose, "flow"][0]["fig3"]
         curves.append((f"appearance {dose:g}: {label}", *lines))
     shares = ", ".join(f"{share:.0f}%" for share in still.values())
     return {"about": f"{sum(map(len, runs.values()))} of {len(TRAININGS) * (len(DOSES) + 2)} "
                      f"trainings, by --appearance ({shares} of the variance of pixels stand still) "
                      f"and --target (gain: over its own control). n = {args.n} held-out clips, "
-                     f"{args.seeds} samples each, {args.steps} steps of {args.emulated}, w1 = "
-                     f"{args.w1:g}, w2 = {args.w2:g}; 95% intervals over clips, not trainings.",
-            "tables": [score_table(scores, SCORES), (header, gains)]
-            + [paired_table(targets, "gain, flow")] * (len(targets) > 1),
+                     f"{sampling(args)}. Means and curves: of {shared} of each; 95% intervals over "
+                     "clips, not trainings.",
+            "tables": [score_table(scores, SCORES), paired_table(gains)]
+            + [paired_table(targets)] * bool(targets),
             "curves": curves, "runs": [[*world, some] for world, some in runs.items()]}
 
 # ---------------------------------------------------------------- folders of anybody's videos
 
 def metrics(args):
     """VBench's motion metrics of a folder of videos, named PROMPT-INDEX as VBench does."""
-    folder, rows, prompts = args.folder, {}, {}
+    folder, rows, prompts = Path(args.folder), {}, {}
     device, names = device_of(args.device), video_files(folder)
     raft = RAFT.load().to(device)
     for name in tqdm(names, "metrics", disable=not names):
@@ -346,7 +375,7 @@ def metrics(args):
             _, fps = frames_and_rate(folder / name)
             rows[name] = vbench(lambda: (frame.to(device) / 255 for frame in
                                          open_video(folder / name)), fps, raft)
-            prompt = re.sub(r"-\d+$", "", Path(name).stem)
+            prompt = re.sub(r"-\d+$", "", str(Path(name).with_suffix("")))
             prompts.setdefault(prompt, []).append(rows[name])
         except ValueError as error:
             tqdm.write(f"skipped {name}: {error}")
@@ -364,8 +393,9 @@ def metrics(args):
 
 def svg(label, curves, scale, width=640, height=320):
     """Lines with their bands: {name: (x, [(mean, low, high)])} -> an inline SVG; y times scale."""
+    curves = {name: line for name, line in curves.items() if line[0]}
     colours = dict(zip(curves, ("#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd")))
-    xs = [x for x, _ in curves.values() for x in x]
+    xs = [x for xs, _ in curves.values() for x in xs] or [0]
     ys = [0, *(v for _, ys in curves.values() for y in ys for v in y)]
     x0, x1, y0, y1 = min(xs), max(xs), min(ys), max(ys)
 
@@ -390,16 +420,32 @@ def svg(label, curves, scale, width=640, height=320):
     return "".join(parts) + f'<text x="{width / 3}" y="{height - 6}">{label}</text></svg>'
 
 def report(out, sections, fps):
-    """{name: section} -> results.json, report.md, report.html (self-contained), curves as .svg."""
-    text, page = ["# VideoJAM: experiments"], []
+    """{name: section} -> results.json, report.md, report.html (self-contained), curves as .svg. The
+    last section is printed, at first, so that it is seen even if the pictures fail."""
+    text = ["# VideoJAM: experiments"]
     for name, section in sections.items():
         last = len(text)
         text += [f"## {name}", f"`{section['command']}`", section["about"]]
+        text += ["\n".join("| " + " | ".join(map(str, row)) + " |"
+                           for row in [header, ["---"] * len(header), *rows])
+                 for header, rows in section["tables"]]
+    print("\n\n".join(text[last:]))
+    data = {name: {k: v for k, v in section.items() if k != "shown"}
+            for name, section in sections.items()}
+    write_text(out / "report.md", "\n\n".join(text) + "\n")
+    write_text(out / "results.json", json.dumps(data, default=list))
+    page = "\n".join(html_page(out, sections, fps))
+    shell = (ROOT / "assets/report.html").read_text()
+    write_text(out / "report.html", shell.replace("CONTENT", page, 1))
+    print(f"\n{out}/report.html\n")
+
+def html_page(out, sections, fps):
+    """The lines of the page's body; writes curves as .svg files beside it."""
+    page = []
+    for name, section in sections.items():
         page += [f"<h2>{name}</h2><code>{html.escape(section['command'])}</code>"
                  f"<p>{html.escape(section['about'])}"]
         for header, rows in section["tables"]:
-            text.append("\n".join("| " + " | ".join(map(str, row)) + " |"
-                                  for row in [header, ["---"] * len(header), *rows]))
             page.append("<table>" + "".join(
                 "<tr>" + "".join(f"<td>{html.escape(str(c))}" for c in row)
                 for row in [header, *rows]) + "</table><br>")
@@ -413,13 +459,7 @@ def report(out, sections, fps):
             page.append(f'<p>{html.escape(title)}<br><video autoplay loop muted '
                         f'src="data:video/mp4;base64,{data}"></video>')
             path.unlink()
-    data = {name: {k: v for k, v in section.items() if k != "shown"}
-            for name, section in sections.items()}
-    shell = (ROOT / "assets/report.html").read_text()
-    write_text(out / "report.md", "\n\n".join(text) + "\n")
-    write_text(out / "report.html", shell.replace("CONTENT", "\n".join(page), 1))
-    write_text(out / "results.json", json.dumps(data, default=list))
-    print("\n\n".join(text[last:]) + f"\n\n{out}/report.html\n")
+    return page
 
 # ---------------------------------------------------------------- command line
 
@@ -429,16 +469,17 @@ def parse():
     flag = parser.add_argument
     flag("experiment", nargs="?", choices=[*EXPERIMENTS, "premise", "metrics"],
          help="default: all but premise and metrics")
-    flag("folder", nargs="?", type=Path, help="metrics: of videos")
-    flag("--run", help="folder of a training run; default: the shipped weights")
+    flag("folder", nargs="?", type=nonempty, help="metrics: of videos")
+    flag("--run", type=nonempty, help="folder of a training run; default: the shipped weights")
     flag("--n", type=positive_int, help="prompts (default: 50, 16 with --quick)")
-    flag("--seeds", type=positive_int, default=1, help="samples of each prompt, which are averaged")
+    flag("--seeds", type=positive_int, default=1,
+         help="compare, ablation, premise: samples of each prompt, which are averaged")
     flag("--steps", type=positive_int, help="of the sampler (default: 100, 25 with --quick; "
          "sdedit's and motivation's are those of 100)")
     flag("--emulated", type=positive_int, help="as sample.py's (default: the model's; sdedit's and "
          "motivation's is always 1000)")
-    flag("--w1", type=float, help="text guidance (default: the model's)")
-    flag("--w2", type=float, default=3., help="motion guidance (%(default)g)")
+    flag("--w1", type=guidance_scale, help="text guidance (default: the model's)")
+    flag("--w2", type=guidance_scale, default=3., help="motion guidance (%(default)g)")
     flag("--quick", action="store_true", help="16 prompts, 25 steps, RAFT for 4 of them: a look")
     flag("--device", help="default: a GPU if there is one")
     flag("--out", type=Path, help="default: runs/bench, in it a folder by run and experiment")
@@ -448,14 +489,18 @@ def parse():
     args.few = 4 if args.quick else 24          # clips that RAFT, which is slow, looks at
     if (args.experiment == "metrics") != bool(args.folder):
         raise ValueError("metrics takes a folder of videos, nothing else does: --run names a run")
-    if args.experiment == "premise" and args.run:
-        raise ValueError("premise trains its own runs, it takes no --run")
+    if args.folder and not Path(args.folder).is_dir():
+        raise ValueError(f"{args.folder}: no such folder")
+    if args.run and args.experiment in ("premise", "metrics"):
+        raise ValueError("premise trains its own runs, metrics has a folder: it takes no --run")
     args.out = args.out or Path("runs/bench", Path(args.run or "").name, args.experiment or "")
     return args
 
 def main():
     args, command = parse(), "python bench.py " + shlex.join(sys.argv[1:])
-    args.out.mkdir(parents=True, exist_ok=True)             # fail before the long work
+    ffmpeg(), args.out.mkdir(parents=True, exist_ok=True)           # fail before the long work
+    if not os.access(args.out, os.W_OK):
+        raise ValueError(f"--out {args.out}: cannot be written")
     if args.experiment == "metrics":
         return report(args.out, {"metrics": {**metrics(args), "command": command}}, 8)
     keep_freed_memory()

@@ -45,6 +45,7 @@ def number(kind, low, high, wanted):
 positive_int = number(int, 1, 2 ** 62, "a positive whole number")
 positive = number(float, sys.float_info.min, sys.float_info.max, "a positive number")
 fraction = number(float, 0, 1, "from 0 to 1")
+guidance_scale = number(float, -1000, 1000, "from -1000 to 1000")
 seed = number(int, 1 - 2 ** 62, 2 ** 62 - 1, "a whole number below 2^62")
 
 def nonempty(text):

@@ -308,6 +308,8 @@ def main():
     if not args.video or not args.video.is_file():
         raise ValueError(f"{args.video or 'no video'}: no such file")
     target = args.out or args.video.with_name(f"{args.video.stem}-flow.mp4")
+    if target.resolve() == args.video.resolve():
+        raise ValueError(f"{target}: is the video itself, --out names another file")
     if target.suffix.lower() != ".mp4" or not os.access(target.parent, os.W_OK):
         raise ValueError(f"{target}: cannot be written, --out names a .mp4 in a folder that can")
     render_flow(RAFT.load(args.weights).to(device_of(None)), args.video, target)

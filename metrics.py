@@ -153,8 +153,7 @@ def score_clips(video, scenes):
     detected (`track` sees the sprite in all frames, no other colour); single (one connected region
     throughout); shape (the nearest template is the named one's); motion_ok (detected, and moving as
     named); single_motion_ok (both: two sprites may move as named together); error (`fit_motion`'s,
-    or None). A dict each. The clips may be k samples of all scenes, one after the other: then a
-    scene has their mean."""
+    or None). A dict each. The clips may be k samples of all scenes, one after the other."""
     rows = []
     for clip, scene in zip(video, itertools.cycle(scenes)):
         sprite, S = scene["sprites"][0], clip.shape[-1]
@@ -167,7 +166,7 @@ def score_clips(video, scenes):
             "kind": sprite["kind"], "held_out": scene["held_out"], "detected": detected,
             "single": single, "shape": shape == sprite["shape"], "motion_ok": motion_ok,
             "single_motion_ok": motion_ok and single, "error": error if detected else None})
-    return [mean_row(rows[i::len(scenes)]) for i in range(len(scenes))]
+    return rows
 
 def static_share(video):
     """The share of the variance of pixels (N, T, 3, H, W) that their means over time have."""
@@ -179,6 +178,10 @@ def mean_row(rows):
     return {key: None if not values else
             values[0] if key in ("kind", "held_out") else float(np.mean(values))
             for key, values in merged.items()}
+
+def by_prompt(rows, n):
+    """Rows of n prompts, then of another sample of each, and so on -> the n means."""
+    return [mean_row(rows[i::n]) for i in range(n)]
 
 # ---------------------------------------------------------------- statistics: every number's n
 
@@ -193,12 +196,12 @@ def interval(values, statistic=np.mean, share=False):
     draws = statistic(values[rng.integers(len(values), size=(2000, len(values)))], axis=1)
     return [float(statistic(values)), *map(float, np.percentile(draws, [2.5, 97.5]))]
 
-def paired(a, b):
-    """Mean of a - b over rows, 95% bootstrap interval, and p of a sign-flip permutation test."""
-    difference, rng = np.asarray(a, float) - np.asarray(b, float), np.random.default_rng(0)
-    flipped = (rng.choice([-1, 1], (5000, len(difference))) * difference).mean(1)
-    p = (1 + (np.abs(flipped) >= abs(difference.mean()) - 1e-12).sum()) / 5001
-    return [*interval(difference), float(p)]
+def paired(differences):
+    """Mean of paired differences, 95% bootstrap interval, p of a sign-flip permutation test."""
+    differences, rng = np.asarray(differences, float), np.random.default_rng(0)
+    flipped = (rng.choice([-1, 1], (5000, len(differences))) * differences).mean(1)
+    p = (1 + (np.abs(flipped) >= abs(differences.mean()) - 1e-12).sum()) / 5001
+    return [*interval(differences), float(p)]
 
 def cell(values, scale=1, statistic=np.mean, share=False):
     """A table's cell, value [low, high], over the clips that have one; and n, if not all do."""

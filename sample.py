@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from common import (Parser, device_of, file_stem, grid, positive_int, read_json, report_errors,
-                    seed, truncate, write_video)
+from common import (Parser, device_of, file_stem, grid, guidance_scale, positive_int, read_json,
+                    report_errors, seed, truncate, write_video)
 from data import Sprites, open_text
 from synthetic import sprite_scene
 from videojam import GUIDANCE, WITHOUT_MOTION, VideoJAM, read_model_file, weights_path
@@ -35,15 +35,15 @@ def parse():
     flag("--seed", type=seed, default=0, help="of the first sample's noise")
     flag("--steps", type=positive_int, default=100)
     flag("--emulated", type=positive_int,
-         help="steps are 1/EMULATED at first (default: the model's; the paper's is 1000)")
-    flag("--w1", type=float, help="text guidance (default: the model's; the paper's is 5)")
-    flag("--w2", type=float, default=3, help="motion guidance (default %(default)s)")
+         help="steps are 1/EMULATED at first (default: the model's; the paper's may be 1000)")
+    flag("--w1", type=guidance_scale, help="text guidance (default: the model's; the paper's is 5)")
+    flag("--w2", type=guidance_scale, default=3, help="motion guidance (default %(default)s)")
     flag("--guidance", choices=GUIDANCE, help="default: inner (Eq. 8); without motion cfg")
     flag("--motion", action="store_true", help="show the predicted motion too")
     flag("--compare", action="store_true", help="base model, control, VideoJAM side by side")
     flag("--upscale", type=positive_int, help="factor (default: to about 256 px)")
     flag("--device", help="default: a GPU if there is one")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 def read_prompts(args):
     prompts = args.prompt.copy()
@@ -90,14 +90,14 @@ def output_files(args, prompts):
         if len(set(map(file_stem, prompts))) < len(prompts):
             raise ValueError("two prompts have the same first 180 bytes, and so the same file name")
         return [out / f"{file_stem(prompt)}-{i}.mp4" for prompt in prompts for i in range(args.n)]
-    files = []
+    files = {}
     for prompt in (prompt for prompt in prompts for _ in range(args.n)):
         stem = file_stem(re.sub(r"[^\w]+", "-", prompt).strip("-")[:60] or "video")
         path, k = out / f"{stem}.mp4", 2
         while path.exists() or path in files:
             path, k = out / f"{stem}-{k}.mp4", k + 1
-        files.append(path)
-    return files
+        files[path] = prompt
+    return [*files]
 
 def write_samples(args, prompts, models):
     """Writes --n samples of each prompt by {name: VideoJAM} side by side; motion is the last's."""

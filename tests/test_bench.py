@@ -1,10 +1,14 @@
 """pytest tests/test_bench.py: the experiments, folders of videos, votes."""
 import dataclasses
 import json
+import os
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -37,6 +41,8 @@ def test_every_experiment_writes_its_tables_and_a_page_that_holds_all(model_fold
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results) == {"motivation", "compare", "ablation", "sdedit"}
     assert len(results["compare"]["clips"]["base"]) == 2
+    _, rises = results["motivation"]["curves"][0][1]["base"]
+    assert any(rise for rise, *_ in rises)
     page = (tmp_path / "report.html").read_text()
     assert page.count("<svg") == 2 and page.count("data:video/mp4;base64,") > 8
     assert "://" not in page.replace("http://www.w3.org", "")       # nothing is fetched
@@ -73,22 +79,45 @@ def test_premise_trains_and_judges_each_world_once(model_folder, run, tmp_path, 
     assert devices == [None] * 4 + ["cpu"]
     section = json.loads((tmp_path / "out/results.json").read_text())["premise"]
     assert [row[:2] for row in section["runs"]] == [[float(a), b] for a, b in worlds]
-    scores = section["runs"][1][2][0]["scores"]
-    gain = np.mean([a["detected"] - b["detected"]
-                    for a, b in zip(scores["VideoJAM"], scores["control"])])
-    (row,) = [row for row in section["tables"][1][1] if row[0] == "0.5, flow, training 0: VideoJAM"
-              " minus control"]
-    assert row[1].startswith(f"{100 * gain:+.1f} [")
-    gains = [np.mean([a["shape"] - b["shape"] for a, b in zip(
-        *(some["scores"][name] for name in ("VideoJAM", "control")))])
-        for dose, target, (some,) in section["runs"] if dose == .5]
-    shape = section["tables"][2][0].index("named shape, points")
-    assert [(row[0], row[shape].split()[0]) for row in section["tables"][2][1]] == [
-        (f"gain, {target} minus gain, flow", f"{100 * (other - gains[0]):+.1f}")
-        for target, other in zip(("mask", "shuffled"), gains[1:])]
     ((low, high), _) = section["curves"][0][1]["detected, points"]
     assert low < 60 and 80 < high < 90                  # % of the variance that stands still
     assert (tmp_path / "out/premise-3.svg").read_text().count("<polyline") == 4
+    e = bench.Evaluator(SimpleNamespace(
+        run=tmp_path / "out/0.5-mask-7", n=3, seeds=1, steps=1, emulated=None, w1=None, w2=3.,
+        device=None))
+    for which, name in (("base", "base"), ("control", "control"), ("jam", "VideoJAM")):
+        w1, emulated = bench.PRESETS["toy"].sampler(None, None)
+        video, _ = e.models[which].generate(e.captions, 1, w1, seed=bench.HELD_OUT, batch=50,
+                                            emulated=emulated)
+        assert section["runs"][2][2][0]["scores"][name] == metrics.score_clips(video, e.scenes)
+    # judged anew when it was trained on, but not without all models
+    write_model_file(tmp_path / "out/0-flow-7/model.pt", preset, tae, {"jam": dits["jam"]})
+    os.utime(tmp_path / "out/0-flow-7/model.pt", (later := time.time() + 9, later))
+    monkeypatch.setattr(bench.subprocess, "run", lambda command: Mock(returncode=0))
+    assert "0-flow-7: has no base, control to compare with" in run(bench.main, *flags)[2]
+
+def test_premise_pairs_each_training_with_its_control_and_averages_over_trainings():
+    def judged(jam, control):
+        rows = {"base": (0, 0), "control": control, "VideoJAM": jam}
+        return {"share": .5, "fig3": ["", {}, 1], "scores": {name: [
+            {"held_out": 1, **dict.fromkeys(bench.PAIRED, float(hit)), "error": hit or None}
+            for hit in hits] for name, hits in rows.items()}}
+
+    section = bench.premise_section(
+        SimpleNamespace(n=2, seeds=1, steps=1, emulated=1, w1=1., w2=1.),
+        {(.5, "flow"): [judged((1, 2), (0, 1)), judged((0, 1), (5, 0))],
+         (.5, "mask"): [judged((1, 0), (1, 1)), judged((1, 0), (1, 1)), judged((0, 0), (2, 2))]})
+    detected, motion_error = ({row[0]: row[column].split()[0] for table in section["tables"][1:]
+                               for row in table[1]} for column in (1, -1))
+    assert [detected[f"0.5, {world}: VideoJAM minus control"] for world in (
+        "flow, training 0", "flow, training 1", "flow, mean", "mask, training 2", "mask, mean")] \
+        == ["+100.0", "-200.0", "-50.0", "-200.0", "-50.0"]     # the mean is of two of each
+    assert detected["gain, mask minus gain, flow"] == "+0.0"
+    # only where both have one: of the first training's second prompt
+    assert motion_error["0.5, flow, mean: VideoJAM minus control"] == "+1.00"
+    assert motion_error["0.5, mask, training 2: VideoJAM minus control"] == "-"
+    ((share, (values,)),) = [section["curves"][0][1]["detected, points"]]
+    assert share == [50] and values[0] == -.5
 
 def test_what_would_fail_at_the_end_is_said_before_anything_is_drawn(model_folder, refuses,
                                                                      tmp_path, monkeypatch):
@@ -100,7 +129,9 @@ def test_what_would_fail_at_the_end_is_said_before_anything_is_drawn(model_folde
                                           "--out", tmp_path / "file")
     for experiment in (*bench.EXPERIMENTS, "premise"):      # a path is not taken for a run
         assert "--run names a run" in refuses(bench.main, experiment, model_folder)
-    assert "it takes no --run" in refuses(bench.main, "premise", "--run", model_folder)
+    for words in (["premise"], ["metrics", model_folder]):
+        assert "it takes no --run" in refuses(bench.main, *words, "--run", model_folder)
+    assert "--w1: must be from -1000 to 1000, got nan" in refuses(bench.main, "--w1", "nan")
     shutil.copytree(model_folder, own := tmp_path / "own")
     (own / "videos.json").write_text("{}")
     assert "own videos, but the exp" in refuses(bench.main, "--run", own, "--out", tmp_path / "out")
@@ -110,21 +141,36 @@ def given(monkeypatch):
     """The options of each call of generate."""
     calls, generate = [], VideoJAM.generate
     monkeypatch.setattr(VideoJAM, "generate", lambda model, prompts, **options: (
-        calls.append(options), generate(model, prompts, **options))[1])
+        calls.append({"prompts": prompts, **options}), generate(model, prompts, **options))[1])
     return calls
 
 def test_flags_of_the_sampler_reach_it(model_folder, run, tmp_path, given):
     flags = {"steps": 2, "emulated": 20, "w1": 3., "w2": 4.}
-    code, _, err = run(bench.main, "compare", "--run", model_folder, "--n", 1, "--out", tmp_path,
-                       *(word for name, value in flags.items() for word in (f"--{name}", value)))
+    code, said, err = run(bench.main, "compare", "--run", model_folder, "--n", 2, "--seeds", 2,
+                          "--out", tmp_path, *(word for name, value in flags.items()
+                                               for word in (f"--{name}", value)))
     assert not code and given[-1].items() >= flags.items(), err
+    for prompts in (options["prompts"] for options in given):
+        assert prompts == prompts[:2] * 2 and prompts[0] != prompts[1]
+    clips = json.loads((tmp_path / "results.json").read_text())["compare"]["clips"]
+    assert len(clips["base"]) == 4 and len(clips["real clips"]) == 2
+    assert "p = 1.0000, n = 2 |" in said                # by prompt
 
-def test_ablation_compares_guidances_of_one_strength(model_folder, run, tmp_path, given):
-    code, _, err = run(bench.main, "ablation", "--run", model_folder, "--n", 1, "--steps", 1,
-                       "--w1", 1, "--w2", 3, "--out", tmp_path)
-    scales = {options.get("mode"): (options["w1"], options["w2"]) for options in given}
-    for mode in ("ip2p", "composable"):                 # where a scale of 1 is Eq. 8's 0
-        assert not code and scales[mode] == (2, 4), err
+def test_ablation_is_table_3_with_guidances_of_one_strength(model_folder, run, tmp_path, given):
+    code, said, err = run(bench.main, "ablation", "--run", model_folder, "--n", 1, "--steps", 4,
+                          "--w1", 1, "--w2", 3, "--out", tmp_path)
+    assert not code, err
+    rows = [line.split(" | ")[0].strip("| ") for line in said.splitlines()
+            if line.startswith("| ") and "through" not in line and "real" not in line][2:]
+    made = [tuple(options.get(name) for name in ("w1", "w2", "mode", "motion_steps"))
+            for options in given]
+    assert dict(zip(rows, made)).items() >= {
+        "VideoJAM, w2 = 3": (1, 3, None, None), "without text guidance": (0, 3, None, None),
+        "without motion guidance": (1, 0, None, None),
+        "d = 0 at inference": (1, 3, "no-motion", None),
+        "InstructPix2Pix": (2, 4, "ip2p", None),        # where a scale of 1 is Eq. 8's 0
+        "composable": (2, 4, "composable", None), "w2 on u^x alone": (1, 3, "inner-x", None),
+        "w2 = 6": (1, 6, None, None), "w2 in the first 25% of steps": (1, 3, None, 1)}.items()
 
 def test_models_that_a_file_lacks_are_left_out(model_folder, run, tmp_path):
     preset, tae, dits = read_model_file(model_folder / "model.pt")
@@ -148,9 +194,9 @@ def test_folders_of_samples_are_measured(model_folder, run, tmp_path, refuses):
              for prompt in ("a red square-", "a b c ")]         # of 3 videos and of 2
     assert f"| {cell(means, 100)} |" in line
     (tmp_path / "empty").mkdir()
-    for nothing in ("empty", "missing"):
-        assert "no video in it that can be read" in refuses(bench.main, "metrics",
-                                                            tmp_path / nothing)
+    for nothing, complaint in (("empty", "no video in it that can be read"),
+                               ("missing", "no such folder"), ("prompts.txt", "no such folder")):
+        assert complaint in refuses(bench.main, "metrics", tmp_path / nothing)
 
 def test_metrics_of_a_file_are_those_of_its_frames_in_its_own_rate(tmp_path, run):
     path = make_varying(tmp_path / "v-0.mp4")

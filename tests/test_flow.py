@@ -91,6 +91,8 @@ def test_raft_flow_is_in_px_of_the_frame(raft, H, W, scale):
     assert flow.shape == (1, 2, H, W)
     torch.testing.assert_close(flow[0, 0], torch.full((H, W), 8 * W / w))
     torch.testing.assert_close(flow[0, 1], torch.full((H, W), 8 * H / h))
+    cells[:, 0] = torch.linspace(-1, 1, cells.shape[3])         # the padding is cut off both sides
+    assert raft.restore(cells, H, W)[0, 0].mean().abs() < (left != right) * .1 + 1e-3
 
 @pytest.mark.parametrize("B, T, side, dtype, within", [
     (2, 10, 64, torch.float32, 1e-3),                   # 64 px: 8 pairs in a chunk, then 1
@@ -172,7 +174,8 @@ def test_bad_input_is_one_line(tmp_path, refuses, monkeypatch):
     assert "no such file" in refuses(script.main, "/")
     assert "-h shows all flags" in refuses(script.main, path, "--nonsense")
     assert "no video: no such file" in refuses(script.main)
-    assert "cannot be written, --out names" in refuses(script.main, path, "--out", "nowhere/a.mp4")
+    for out, complaint in (("nowhere/a.mp4", "cannot be written"), (path, "is the video itself")):
+        assert f"{out}: {complaint}, --out names" in refuses(script.main, path, "--out", out)
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.R_OK)           # root may
     assert "permission denied" in refuses(script.main, path)
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)

@@ -5,9 +5,9 @@ import torch
 
 import flow as script
 import metrics
-from metrics import (cell, count_regions, fit_motion, held_out_clips, interval, paired, score_clips,
-                     track, vbench, warp)
-from synthetic import COLOURS, HELD_OUT, sprite_scene
+from metrics import (by_prompt, cell, count_regions, fit_motion, held_out_clips, interval, paired,
+                     score_clips, track, vbench, warp)
+from synthetic import COLOURS, HELD_OUT, SHAPES, sprite_scene
 
 KINDS = {"move", "zigzag", "swing", "orbit", "spin", "fall"}
 
@@ -61,14 +61,19 @@ def test_score_clips_accepts_real_clips(real):
                                         "single_motion_ok")) and row["error"] < .7, row
         assert row["held_out"] == scene["held_out"]
 
-def test_score_clips_rejects_reversed_motion_a_missing_sprite_and_other_colours(real):
-    (video, scenes), colours = real, list(COLOURS)
+def test_score_clips_rejects_wrong_motion_a_missing_sprite_and_others(real):
+    video, scenes = real
     for row in score_clips(video.flip(1), scenes):
         assert row["detected"] and row["shape"]
         assert row["kind"] == "swing" or not row["motion_ok"], row      # a swing is one backwards
-    others = [{**scene, "sprites": [{**s, "colour": colours[(colours.index(s["colour"]) + 1) % 6]}]}
-              for scene in scenes for s in scene["sprites"]]
-    for row in score_clips(spoil(video), scenes) + score_clips(video, others):
+    for row in score_clips(video[:, :1].expand_as(video), scenes):
+        assert row["detected"] and not row["motion_ok"], row            # nothing moves
+    others = {key: [{**scene, "sprites": [{**s, key: names[names.index(s[key]) - 1]}]}
+                    for scene in scenes for s in scene["sprites"]]
+              for key, names in (("colour", list(COLOURS)), ("shape", SHAPES))}
+    for row in score_clips(video, others["shape"]):
+        assert row["detected"] and not row["shape"], row
+    for row in score_clips(spoil(video), scenes) + score_clips(video, others["colour"]):
         assert not row["detected"] and not row["motion_ok"] and row["error"] is None, row
 
 def test_score_clips_tells_two_sprites_from_one(real):
@@ -78,11 +83,15 @@ def test_score_clips_tells_two_sprites_from_one(real):
     rows = score_clips(torch.where(second, shifted, video), real[1])
     assert any(row["motion_ok"] for row in rows)        # both move as named
     assert not any(row["single"] or row["single_motion_ok"] for row in rows)
+    rows = score_clips(torch.where(second, shifted.roll(1, 2), video), real[1])
+    assert not any(row["detected"] for row in rows)     # the second one has another colour
 
-def test_score_clips_averages_the_samples_of_a_prompt(real):
+def test_the_samples_of_a_prompt_are_averaged(real):
     video, scenes = real[0][:3], real[1][:3]
     again = torch.cat([video[:1], spoil(video[1:2]), video[2:]])
     once, twice = score_clips(video, scenes), score_clips(torch.cat([video, again]), scenes)
+    assert twice[:3] == once and len(twice) == 6
+    twice = by_prompt(twice, 3)
     assert [row["detected"] for row in twice] == [1, .5, 1] and twice[0] == once[0]
     assert twice[1]["error"] == once[1]["error"]        # of those detected
 
@@ -96,6 +105,10 @@ def test_fit_motion_accepts_true_paths_and_rejects_faster_ones():
         fast = path[[*range(0, 16, 3), *[15] * 10]] if s["kind"] == "fall" else 2.2 * path
         verdicts = [fit_motion(s["kind"], s["phrase"], p, 64)[1] for p in (path, fast)]
         assert verdicts == [True, False], s
+    tau, shaking = np.linspace(0, 1, 16), (-1.) ** np.arange(16)
+    path = np.stack([10 + 24 * tau, 32 + shaking, 0 * tau], 1)
+    error, _ = fit_motion("move", "moves right", path, 64)      # y is off by 1 px, x by nothing
+    assert error == pytest.approx(.5 ** .5, rel=.02)
     with pytest.raises(ValueError, match="collide: not the motion of one sprite"):
         fit_motion("collide", "collide", path, 64)
 
@@ -110,7 +123,7 @@ def test_interval_brackets_the_statistic_and_shrinks_with_more_prompts():
     values = np.random.default_rng(1).normal(3, 1, 400)
     mean, low, high = interval(values)
     assert low < mean == values.mean() < high
-    assert high - low == pytest.approx(2 * 1.96 / 20, rel=.2)
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=.08)
     median, below, above = interval(values[:25], np.median)
     assert below < median == np.median(values[:25]) < above and above - below > 2 * (high - low)
 
@@ -127,10 +140,11 @@ def test_paired_sees_a_small_difference_that_two_intervals_hide():
     rng = np.random.default_rng(2)
     a = rng.normal(0, 1, 200)
     b = a - .1 + rng.normal(0, .2, 200)
-    mean, low, high, p = paired(a, b)
+    mean, low, high, p = paired(a - b)
     assert mean == pytest.approx((a - b).mean()) and 0 < low < mean < high and p < .001
     assert interval(a)[1] < interval(b)[2]                  # unpaired, they overlap
-    assert paired(a, a)[3] == 1
+    assert paired(b - a)[3] < .001 and paired(a - a)[3] == 1
+    assert paired([-1.] * 4)[3] == pytest.approx(2 / 16, abs=.02)   # of 16 signs two are as extreme
 
 def test_cell_has_an_interval_and_says_how_many_clips_have_a_value():
     assert cell([True] * 53, 100, share=True) == "100.0 [93.2, 100.0]"
@@ -144,15 +158,17 @@ def test_warping_back_by_the_flow_gives_the_frame():
     flow = torch.tensor([2., -1]).view(1, 2, 1, 1).expand(1, 2, 16, 16)
     torch.testing.assert_close(warp(image, flow)[..., 1:, :14], image[..., :15, 2:])
 
-@pytest.mark.parametrize("pairs", [3, 4])
-def test_vbench_dynamic_degree_counts_pairs_by_the_fastest_pixels(pairs, monkeypatch):
+@pytest.mark.parametrize("pairs, speed, dynamic", [
+    (3, 3.1, False), (4, 3.1, True), (4, 2.9, False)])
+def test_vbench_dynamic_degree_counts_pairs_by_the_fastest_pixels(pairs, speed, dynamic,
+                                                                  monkeypatch):
     """Of 16 frames 4 pairs have to move: the mean of the top 5% above 6 px of 256."""
     flow = torch.zeros(1, 16, 2, 64, 64)
-    flow[0, :pairs, 0].view(pairs, -1)[:, :103] = 3.1       # half of 5%: the mean is 1.56 > 1.5
+    flow[0, :pairs, 0].view(pairs, -1)[:, :103] = speed     # half of 5%: at 3.1 1.56 > 1.5
     for module in (script, metrics):
         monkeypatch.setattr(module, "estimate_flow", lambda raft, video: flow[:, :video.shape[1]])
     video = torch.zeros(16, 3, 64, 64)
-    assert vbench(video.unbind, 8, None)["dynamic"] == (pairs == 4)
+    assert vbench(video.unbind, 8, None)["dynamic"] == dynamic
 
 def test_vbench_flicker_and_smoothness_of_a_known_motion(monkeypatch):
     """Things move by 1 px a frame: with the exact flow every odd frame is predicted."""
