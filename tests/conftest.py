@@ -169,9 +169,9 @@ def checkpoints(out, stage):
     """The folders of a stage's checkpoints, the last one last."""
     return sorted((out / "checkpoints").glob(f"{stage}-*"))
 
-def checkpoint(out, stage):
-    """The tensors and the status of a stage's last checkpoint."""
-    last, whole = checkpoints(out, stage)[-1], out / "whole"
+def checkpoint(out, stage, which=-1):
+    """The tensors and the status of a stage's checkpoint, by default the last one."""
+    last, whole = checkpoints(out, stage)[which], out / "whole"
     dcp_to_torch_save(last, whole)
     state = torch.load(whole, weights_only=True)
     whole.unlink()

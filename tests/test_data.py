@@ -60,22 +60,16 @@ def test_read_clip_shows_what_the_file_shows_at_each_time(tmp_path, fps, start, 
     shown = 8 * ((start + torch.arange(count)) * fps / 8).floor()       # ramp: 8 brighter a frame
     torch.testing.assert_close(video.float().mean((1, 2, 3)), shown, atol=3, rtol=0)
 
-def test_read_clip_takes_the_middle_square(tmp_path):
-    frames = np.zeros((8, 32, 64, 3), np.uint8)
-    frames[:, :, 16:48] = 200                               # what is beside it is black
+@pytest.mark.parametrize("height, axis, size, shape", [(32, 2, 16, (16, 16)),
+                                                       (64, 1, (16, 32), (16, 32))])
+def test_read_clip_takes_the_middle(tmp_path, height, axis, size, shape):
+    frames = np.zeros((8, height, 64, 3), np.uint8)
+    frames.swapaxes(1, axis)[:, 16:48] = 200                # what is on both sides of it is black
     write_clip(tmp_path / "a.mp4", frames, 8)
-    video = read_clip(tmp_path / "a.mp4", 0, 4, 8, 16).float()
-    torch.testing.assert_close(video[..., 2:-2], torch.full_like(video[..., 2:-2], 200), atol=4,
-                               rtol=0)
-
-def test_read_clip_takes_the_middle_of_another_shape(tmp_path):
-    frames = np.zeros((8, 64, 64, 3), np.uint8)
-    frames[:, 16:48] = 200                                  # what is above and below it is black
-    write_clip(tmp_path / "a.mp4", frames, 8)
-    video = read_clip(tmp_path / "a.mp4", 0, 4, 8, (16, 32)).float()
-    assert video.shape == (4, 3, 16, 32)
-    torch.testing.assert_close(video[..., 1:-1, :], torch.full_like(video[..., 1:-1, :], 200),
-                               atol=4, rtol=0)
+    video = read_clip(tmp_path / "a.mp4", 0, 4, 8, size).float()
+    assert video.shape == (4, 3, *shape)
+    middle = video[..., 2:-2] if axis == 2 else video[..., 1:-1, :]
+    torch.testing.assert_close(middle, torch.full_like(middle, 200), atol=4, rtol=0)
 
 @pytest.mark.skipif(not CLIPS.is_dir(), reason="the real clips are not part of the project")
 def test_real_clips_are_read_to_their_end():
@@ -339,6 +333,13 @@ def test_sprites_hold_out_their_evaluation_clips():
     assert torch.equal(dataset.held_out(3)[0], video) and dataset.held_out(3)[1] == captions
     assert torch.equal(dataset.training([7])[0], sprite_clips([7], 5, 16, .2)[0])
     assert dataset.keys(3) == [0, 1, 2]
+
+def test_sprites_are_of_the_presets_world():
+    dataset = Sprites(dataclasses.replace(TINY, appearance=.5, target="mask", sigma=.6), .2)
+    video, _, flow, _ = dataset.read([7])
+    clips, masks, _, _ = sprite_clips([7], 5, 16, .2, None, .5, "mask")
+    assert torch.equal(video, clips) and torch.equal(flow, masks) and flow.any()
+    torch.testing.assert_close(rgb_to_flow(dataset.motion(video, flow), .6), flow)
 
 def test_latents_follow_the_captions_of_now_and_leave_out_lost_clips(captioned, tmp_path):
     dataset = opened(captioned, tmp_path / "run")

@@ -187,6 +187,7 @@ def test_appearance_is_a_still_grey_field_of_its_amplitude(appearance):
         assert appearance or torch.equal(video, plain)
 
 def test_targets_show_where_without_direction_or_when_without_order():
+    orders = set()
     for seed in seeds_of("move", 2) + seeds_of("swing", 2):
         video, flow, caption, _ = sprite_clip(seed, 8, 32, 0.)
         mask, shuffled = (sprite_clip(seed, 8, 32, 0., target=target) for target in TARGETS[1:])
@@ -195,9 +196,10 @@ def test_targets_show_where_without_direction_or_when_without_order():
         moves = flow[:-1].norm(dim=1) > .01
         assert (mask[1][:-1, 0][moves] == MEAN_SPEED * 32).all() and not mask[1][:, 1].any()
         assert (mask[1][:-1, 0] > 0).sum() <= moves.sum() + 200     # hardly anything stands still
-        frames = {part.numpy().tobytes() for part in flow}
-        assert {part.numpy().tobytes() for part in shuffled[1]} == frames
-        assert not torch.equal(shuffled[1], flow)
+        frames, mixed = ([part.numpy().tobytes() for part in clip] for clip in (flow, shuffled[1]))
+        assert sorted(mixed) == sorted(frames) and mixed != frames
+        orders.add(tuple(map(frames.index, mixed)))
+    assert len(orders) > 1                      # an order that is always the same could be learned
 
 def test_clip_may_have_one_frame():
     for seed in range(20):                      # all kinds of motion, collisions too

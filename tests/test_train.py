@@ -20,7 +20,8 @@ import synthetic
 import train
 from data import Latents, Sprites
 from train import STAGES
-from videojam import TAE, DiT, VideoJAM, tokenize
+from videojam import (TAE, DiT, Noise, VideoJAM, flow_matching_loss, joint_loss,
+                      tokenize)
 
 EXPECTED_TIME, SHOW_PREVIEW = train.print_expected_time, train.show_preview
 
@@ -77,6 +78,14 @@ def finishes(run, quick):
     return call
 
 @pytest.fixture
+def run_of(monkeypatch):
+    """run_of(out, "--flag", value): train.py's Run."""
+    def call(out, *flags):
+        monkeypatch.setattr(sys, "argv", ["train.py", *train_flags(out, *flags)])
+        return train.Run(train.parse())
+    return call
+
+@pytest.fixture
 def ends(refuses, quick):
     """ends(out, "--flag", value): train.py ends with exit code 2; -> its line on stderr."""
     return lambda out, *flags: refuses(train.main, *train_flags(out, *flags))
@@ -93,6 +102,9 @@ def test_one_command_writes_checkpoints_previews_metrics_and_model(finished, uni
             if stage != "tae":
                 assert len(row["bins_x"]) == 5 and None in row["bins_x"]    # 4 clips, 5 bins
             assert ("loss_d" in row) == ("loss_d_dropped" in row) == (stage == "jam")
+        before = checkpoint(finished, stage, 0)["ema"]      # of step 2: decay is (1 + 3) / (10 + 3)
+        torch.testing.assert_close(state["ema"], {name: average.lerp(state["model"][name], 9 / 13)
+                                                  for name, average in before.items()})
         if stage != "tae":                          # the averaged weights, in half precision
             dit, ema = VideoJAM.load(finished / "model.pt", stage).dit, state["ema"]
             assert equal(dict(dit.state_dict()), {k: v.half().float() for k, v in ema.items()})
@@ -129,19 +141,35 @@ def test_control_sees_what_jam_sees_and_trains_as_it_did(begun, finishes, watche
     """By the paper's own losses, whatever jam's motion dropout was."""
     out = begun("jam")
     finishes(out, "--stage", "jam", "--steps", 2, "--lr", 2e-3, "--batch", 2,
-             "--motion-dropout", 1)
-    finishes(out, "--stage", "control")
+             "--motion-dropout", 1, "--t-shift", 1e6)
+    finishes(out, "--stage", "control", "--t-shift", 1e6)
     jam, control = train.joint_loss.call_args_list, train.flow_matching_loss.call_args_list
     assert len(jam) == len(control) == 2
     for ((_, x1, _, y), of_jam), ((_, *inputs), of_control) in zip(jam, control):
         assert equal([x1, y], inputs)
         assert equal(of_jam["noise"][:-1], of_control["noise"][:-1])    # all but no_motion
-    assert not torch.equal(jam[0].kwargs["noise"].t, jam[1].kwargs["noise"].t)
+        assert of_jam["noise"].t.max() < .01            # by the shift
     # losses of dropped motion are logged apart
     assert all(row["loss_d"] is None and row["loss_d_dropped"] > 1 for row in logged(out, "jam"))
     status = checkpoint(out, "control")
     assert [status[key] for key in ("step", "lr", "batch")] == [2, 2e-3, 2]
     VideoJAM.load(out / "model.pt", "control")
+
+def test_no_two_samples_have_the_same_noise(finished, run_of):
+    """Of two seeds, of base and fine-tuning, of two steps, of two places in the batch."""
+    x0, t = [], []
+    for seed, name in itertools.product((0, 1), ("base", "jam")):
+        stage = train.DiTStage(run_of(finished, "--seed", seed), name)
+        for step in (0, 1):
+            _, _, _, times, noise, *_ = stage.load(step, range(2))
+            x0, t = [*x0, *noise], [*t, *times.tolist()]
+    assert len(torch.stack(x0).flatten(1).unique(dim=0)) == len(set(t)) == 16
+
+def test_the_toy_has_its_own_t_and_a_loud_world(monkeypatch):
+    for preset, *expected in (("toy", True, 3., .5), ("small", False, 1., .5)):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--preset", preset])
+        args = train.parse()
+        assert [args.uniform_t, args.t_shift, args.appearance] == expected
 
 def test_summarize_means_by_bin_and_without_what_does_not_apply():
     nan = float("nan")
@@ -153,30 +181,41 @@ def test_summarize_means_by_bin_and_without_what_does_not_apply():
         "loss_x": 4, "bins_x": [2, None, 4, None, 8],
         "loss_d": 6, "bins_d": [None, None, None, None, 6]}
 
-def test_jam_begins_as_the_base_with_add_motion(finished, uninterrupted, begun, finishes,
-                                                tmp_path, monkeypatch):
-    """From base, in full precision, and from a model file's base alone; new rows learn faster."""
-    seen, C = [], TINY.dit.channels
-    monkeypatch.setattr(train, "train_loop", lambda run, stage: seen.append(stage))
+@pytest.mark.parametrize("name, init, origin", [
+    ("jam", None, "base"), ("control", None, "base"), ("jam", ["base"], "base"),
+    ("jam", STAGES, "jam"), ("control", STAGES, "control")])
+def test_stages_begin_as_their_origin_and_jam_with_motion(
+        finished, uninterrupted, begun, run_of, finishes, tmp_path, monkeypatch, name, init,
+        origin):
+    """From the run's base, in full precision, or from a model file's base or own DiT."""
+    monkeypatch.setattr(train, "train_loop", lambda *both: seen.append(train.Trainer(*both)))
     monkeypatch.setattr(train.Run, "export", lambda run: None)
-    file = torch.load(finished / "model.pt")
-    torch.save({**file, "dits": {"base": file["dits"]["base"]}}, tmp_path / "base.pt")
-    for i, (stage, more, weights) in enumerate([
-            ("jam", (), uninterrupted["base"]["ema"]),
-            ("base", ("--init", tmp_path / "base.pt"), file["dits"]["base"])]):
-        out = begun(stage, str(i))
+    seen, out, more, weights = [], begun("jam"), (), uninterrupted["base"]["ema"]
+    if init:
+        out, more, file = begun("base", "other"), ("--init", tmp_path / "init.pt"), torch.load(
+            finished / "model.pt")
+        weights = file["dits"][origin]
+        torch.save({**file, "dits": {name: dit for name, dit in file["dits"].items()
+                                     if name in init}}, tmp_path / "init.pt")
         tae = torch.load(out / "tae.pt")
-        torch.save({**tae, "origin": " ".join(map(str, more)) or "step 3"}, out / "tae.pt")
-        finishes(out, "--stage", "jam", *more)
-        expected = DiT(TINY.dit)
-        expected.load_state_dict(weights)
-        model, scale = seen[i].model, seen[i].lr_scale
-        assert equal(dict(model.state_dict()), dict(expected.add_motion().state_dict()))
-        for weight, axis in ((model.W_in.weight, 1), (model.W_out.weight, 0)):
-            factors = torch.ones_like(weight)               # patches are (offset, [x, d], C)
-            factors.unflatten(axis, (-1, 2, C)).select(axis + 1, 1).fill_(train.MOTION_LR_SCALE)
-            assert torch.equal(scale.pop(weight), factors)
-        assert not scale
+        torch.save({**tae, "origin": " ".join(map(str, more))}, out / "tae.pt")
+    finishes(out, "--stage", name, *more)
+    (trainer,) = seen
+    model, scale = trainer.stage.model, trainer.optimizers[1].lr_scale
+    expected = DiT(replace(TINY.dit, motion=origin == "jam"))
+    expected.load_state_dict(weights)
+    if widened := name == "jam" and origin == "base":
+        expected.add_motion()
+    assert equal(dict(model.state_dict()), dict(expected.state_dict()))
+    for weight, axis in ((model.W_in.weight, 1), (model.W_out.weight, 0)) * widened:
+        factors = torch.ones_like(weight)                   # patches are (offset, [x, d], C)
+        factors.unflatten(axis, (-1, 2, 4)).select(axis + 1, 1).fill_(train.MOTION_LR_SCALE)
+        assert torch.equal(scale.pop(weight), factors)      # new rows learn faster
+    assert not scale
+    x1, d1, y, *noise = data = trainer.stage.load(0, range(4))      # Eq. 6, or Eq. 3
+    loss, inputs = (joint_loss, (x1, d1)) if name == "jam" else (flow_matching_loss, (x1,))
+    ((mse, _),) = trainer.stage.losses(data)
+    torch.testing.assert_close(mse, loss(expected, *inputs, y, noise=Noise(*noise)))
 
 def test_learning_rate_falls_at_the_end_and_steps_that_are_not_finite_are_skipped(
         begun, finishes, ends, watched, monkeypatch):
@@ -195,6 +234,8 @@ def test_learning_rate_falls_at_the_end_and_steps_that_are_not_finite_are_skippe
     texts = [y for (_, _, y), _ in train.flow_matching_loss.call_args_list]
     assert len(texts) == 20 and len({y.shape for y in texts}) == 1
     lr = [row["lr"] for row in logged(out, "base")]                     # of steps 2, 4, ... 20
+    groups = checkpoint(out, "base")["optimizer"]["param_groups"]
+    assert len(groups) == 2 and {group["lr"] for group in groups} == {lr[-1]}
     np.testing.assert_allclose(lr, [2e-3 / 3] + [1e-3] * 6 + [5e-3 / 6, 3e-3 / 6, 1e-3 / 6])
     count.clear()
     spoiled.update(range(20))
@@ -221,6 +262,12 @@ def test_raft_is_a_stage_that_resumes_to_the_bit(tmp_path, run, monkeypatch):
     (tmp_path / "whole/raft.pt").unlink()               # as where a kill came before it
     assert run(train.main, *flags, tmp_path / "whole")[0] == 0
     assert equal(a, torch.load(tmp_path / "whole/raft.pt"))
+    numbers = []                            # of the pairs, whose sprites have training seeds
+    monkeypatch.setattr(train, "training_pairs",
+                        lambda number, batch: numbers.append(number) or [[]])
+    stage = Mock(batch=256, run=Mock(args=Mock(seed=2 ** 61 + 12_345)))
+    train.RAFTStage.load(stage, 10 ** 5, range(256))
+    assert 0 <= numbers[0] and (numbers[0] + 1) * 256 * 3 // 8 <= synthetic.HELD_OUT
     for more, complaint in (("--seed=1", "begun with seed 0, not 1"),
                             ("--batch=2", "raft takes --batch from 3 to 256")):
         assert complaint in run(train.main, *flags, tmp_path / "whole", more)[2]
@@ -375,15 +422,14 @@ def test_init_takes_the_tae_and_each_stage_its_own_dit(finished, begun, tmp_path
     assert content(out) == before
 
 def test_the_expected_time_is_that_of_the_steps_that_are_left(finished, tmp_path, monkeypatch,
-                                                              capfd):
+                                                              run_of, capfd):
     """At 1 FLOP a second and half of it used: 2 seconds a FLOP."""
     monkeypatch.setattr(train, "Timer", timer := Mock())
     timer().blocked_autorange().median = 2 * 1024 ** 3
     monkeypatch.setattr(train, "step_flops", lambda preset: {"tae": 10, "base": 30, "jam": 40,
                                                              "control": 50})
     for out, minutes in ((tmp_path, 2 * (3 * 4 * 10 + 3 * 4 * (30 + 40 + 50)) / 60), (finished, 1)):
-        monkeypatch.setattr(sys, "argv", ["train.py", *train_flags(out)])
-        EXPECTED_TIME(train.Run(train.parse()))
+        EXPECTED_TIME(run_of(out))
         assert capfd.readouterr().out.startswith(f"about {minutes:.0f} minutes on this machine")
 
 def test_dry_run_knows_the_papers_models(run, tmp_path, monkeypatch):
@@ -428,7 +474,8 @@ def test_bad_flags_are_one_line_and_leave_no_run_folder(tmp_path, ends, flag, va
     (("--appearance", 0, "--data", ROOT), "--appearance and --target are of the sprite world"),
     (("--data", str(ROOT)), "begun with data 'sprites', not 'own videos'"),
     (("--stage", "base", "--lr", .5, "--steps", 9), "begun with lr 0.001, not 0.5"),
-    (("--stage", "jam", "--uniform-t", "--steps", 9), "begun with uniform_t False, not True"),
+    (("--stage", "jam", "--uniform-t", "--t-shift", 9, "--motion-dropout", 0, "--steps", 9),
+     "uniform_t False, not True; t_shift 1.0, not 9.0; motion_dropout 0.2, not 0.0"),
     (("--steps", 9), "its latents are of the TAE as it is, which 9 steps would")])
 def test_a_run_of_other_settings_is_refused_and_left_as_it_was(finished, ends, more, complaint):
     before = content(finished)

@@ -9,6 +9,7 @@ from conftest import ROOT, TINY, equal, randomised, takes_no_bad_weights, tiny_d
 from torch import nn
 from torch.testing import assert_close
 
+from common import autocast
 from synthetic import APPEARANCE
 from videojam import (EOS, GUIDANCE, PAD, PRESETS, TAE, DiT, SpaceTimeConv, VideoJAM, attend,
                       check_velocity, euler_sample, flow_matching_loss, guided_velocity,
@@ -161,20 +162,6 @@ def test_add_motion_weights_all_learn():
         assert weight.unflatten(axis, (4, 2, 4)).select(axis + 1, 1).all()  # offsets, x or d, C
 
 @pytest.mark.parametrize("layer, channel_last, size", [
-    (nn.Linear(12, 7), True, (4,)), (nn.Linear(12, 7, bias=False), False, (4,)),
-    (nn.Conv3d(3, 7, (1, 2, 2), (1, 2, 2)), False, (2, 4, 4)),
-    (nn.Conv2d(3, 7, 3, padding=1, padding_mode="reflect", bias=False), False, (5, 5))])
-def test_widen_input_keeps_x(layer, channel_last, size):
-    def layout(x):              # (B, C, offsets) -> a Linear's input
-        return (x.mT if channel_last else x).flatten(1) if isinstance(layer, nn.Linear) else x
-    (x, d), wide = torch.randn(2, 5, 3, *size), widen_input(layer, 3, channel_last)
-    assert_close(wide(layout(torch.cat([x, d], 1))), layer(layout(x)))
-    count = "in_features" if isinstance(layer, nn.Linear) else "in_channels"
-    assert type(wide) is type(layer) and getattr(wide, count) == 2 * getattr(layer, count)
-    # trained, it leaves the layer that it was made of alone
-    assert wide.bias is None or wide.bias.data_ptr() != layer.bias.data_ptr()
-
-@pytest.mark.parametrize("layer, channel_last, size", [
     (nn.Linear(7, 12), True, ()), (nn.Linear(7, 12, bias=False), False, ()),
     (nn.Conv2d(7, 12, 1), True, (2, 2)), (nn.Conv2d(7, 12, 1, bias=False), False, (2, 2))])
 def test_widen_output_keeps_x(layer, channel_last, size):
@@ -194,25 +181,26 @@ def test_widen_refuses_other_layers(widen, layers):
         with pytest.raises(ValueError, match="cannot widen"):
             widen(layer, 3, True)
 
-@pytest.mark.parametrize("at", (None, 0, 20, 36))
+@pytest.mark.parametrize("others, at", [(0, None), (20, None), (20, 0), (20, 20), (20, 36)])
 @pytest.mark.parametrize("channel_last", (True, False))
-def test_widen_input_with_other_channels_puts_d_where_it_is_told(channel_last, at):
-    """36 inputs, of which 16 are x's, as in Wan's image-to-video model; its Conv3d as a Linear."""
-    conv = nn.Conv3d(36, 5, (1, 2, 2), (1, 2, 2))
-    (z, d), at_d = torch.randn(2, 3, 36, 1, 2, 2, generator=rng()), 16 if at is None else at
+def test_widen_input_keeps_x_and_puts_d_where_it_is_told(channel_last, others, at):
+    """x's 16 channels and others, as in Wan's image-to-video model; its Conv3d as a Linear."""
+    conv = nn.Conv3d(n := 16 + others, 5, (1, 2, 2), (1, 2, 2))
+    (z, d), at_d = torch.randn(2, 3, n, 1, 2, 2, generator=rng()), 16 if at is None else at
     joint = torch.cat([z[:, :at_d], d[:, :16], z[:, at_d:]], 1)
     def flat(z):
         return (z.flatten(2).mT if channel_last else z).flatten(1)
-    linear = nn.Linear(144, 5)
+    linear = nn.Linear(4 * n, 5)
     linear.weight, linear.bias = nn.Parameter(flat(conv.weight)), conv.bias
     for layer, layout in ((conv, lambda z: z), (linear, flat)):
-        wide = widen_input(layer, 16, channel_last, 20, at)
+        wide = widen_input(layer, 16, channel_last, others, at)
         assert_close(wide(layout(joint)).flatten(1), conv(z).flatten(1))
-        added = new_entries(wide.weight, 1, 16, channel_last and layer is linear, 20, at)
+        added = new_entries(wide.weight, 1, 16, channel_last and layer is linear, others, at)
         assert added.sum() == 5 * 16 * 4 and not wide.weight[added].any()
         assert torch.equal(wide.weight[~added], layer.weight.flatten())
-        with pytest.raises(ValueError, match="for an input of 35 channels"):
-            widen_input(layer, 16, channel_last, 19)
+        assert wide.bias.data_ptr() != layer.bias.data_ptr()    # training leaves the old one alone
+        with pytest.raises(ValueError, match=f"for an input of {n - 1} channels"):
+            widen_input(layer, 16, channel_last, others - 1)
 
 @pytest.mark.parametrize("make", [
     lambda n: nn.Linear(6, n), lambda n: nn.Conv3d(4, n, 3, 2, (0, 1, 1)),
@@ -341,7 +329,7 @@ def test_linear_quadratic_runs_from_0_to_1_linear_first_then_faster(steps):
     assert (pace > 0).all() and (pace.diff() > -1e-6).all()
     assert_close(pace[:half], torch.full((half,), 1e-3).double(), atol=1e-6, rtol=1e-3)
 
-@pytest.mark.parametrize("steps, motion_steps", [(1, None), (4, None), (5, None), (5, 1)])
+@pytest.mark.parametrize("steps, motion_steps", [(1, None), (4, None), (5, None), (5, 1), (5, 0)])
 @pytest.mark.parametrize("mode, late_w2, motion", [
     ("inner", 0, True), ("cfg", 3, True), ("no-motion", 3, True), ("ip2p", 1, True),
     ("composable", 3, True), ("cfg", 3, False)])
@@ -351,7 +339,7 @@ def test_euler_sample_matches_steps_by_hand(mode, late_w2, motion, steps, motion
     model, d = (Foreign(4), d) if motion else (Foreign(2), None)
     sampled = euler_sample(model, x, d, y, times, 5, 3, mode, null, motion_steps)
     for i in range(steps):
-        w2 = 3 if i < (motion_steps or steps / 2) else late_w2
+        w2 = 3 if i < (steps / 2 if motion_steps is None else motion_steps) else late_w2
         u = guided_velocity(model, x, d, times[i], y, 5, w2, mode, null)
         step = (times[i + 1] - times[i]) * u
         x, d = x + step[:, :2], d + step[:, 2:] if motion else None
@@ -532,14 +520,22 @@ def test_generate_takes_the_presets_w1_and_schedule_unless_told(model_folder):
     assert equal(generate(model), generate(model, w1=2., emulated=7))
     assert equal(generate(model, w1=0.), others)
 
-def test_generate_starts_base_and_jam_from_the_same_noise(model_folder, monkeypatch):
+def test_generate_samples_base_and_jam_from_the_same_noise(model_folder, monkeypatch):
     starts = []
-    monkeypatch.setattr("videojam.euler_sample", lambda dit, x, d, *_, **__:
-                        starts.append((x, d)) or (x, d))
+    monkeypatch.setattr("videojam.euler_sample", lambda dit, x, d, y, *given, **named:
+                        starts.append((x, d, given, named["motion_steps"])) or (x, d))
     for which in ("base", "jam"):
-        generate(VideoJAM.load(model_folder / "model.pt", which))
-    (x, nothing), (joint_x, d) = starts
+        model = VideoJAM.load(model_folder / "model.pt", which)
+        model.tae.basis[1] *= 2             # motion has a whitening of its own
+        video, motion = generate(model, w2=4., motion_steps=1)
+    (x, nothing, of_base, _), (joint_x, d, (times, *scales), motion_steps) = starts
     assert torch.equal(x, joint_x) and nothing is None and not torch.isclose(x, d).any()
+    assert torch.equal(times, linear_quadratic(4)) and torch.equal(of_base[0], times)
+    assert (scales, motion_steps) == ([5, 4, "inner"], 1) and of_base[1:] == (5, 4, "cfg")
+    with torch.no_grad(), autocast("cpu"):
+        expected = [torch.cat([model.tae.decode(z[None], i, TINY.frames) for z in latents])
+                    for i, latents in enumerate((x, d))]
+    assert equal([video, motion], expected)
 
 @pytest.mark.parametrize("options, complaint", [
     ({"prompts": []}, "no prompt"), ({"steps": 0}, "steps must be from 1 to 1000, got 0"),
