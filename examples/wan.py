@@ -17,6 +17,7 @@ import functools
 import hashlib
 import importlib.util
 import re
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -134,6 +135,8 @@ class WanRun(train.Run):
         self.settings |= {name: vars(args)[name] for name in SETTINGS}
         if args.command == "train" and (path := self.out / "settings.json").is_file():
             train.refuse_changes(self.out, read_json(path), self.settings)
+        if args.data and not Path(args.data).is_dir():
+            raise ValueError(f"--data {args.data}: no such folder")
         vae = load(AutoencoderKLWan, args.model, subfolder="vae", dtype=torch.float32)
         self.vae, C = TAE(vae).to(self.device), vae.config.z_dim
         self.preset = SimpleNamespace(
@@ -261,17 +264,22 @@ def fine_tune(own, flags):
     train.train_loop(run, WanStage(run, "jam"))
     if rank() == 0:
         dit = run.load_dit(run.last("jam")[0], "jam", args.precision)
-        dit.wan.save_pretrained(run.out / "transformer")
+        shutil.rmtree(run.out / "transformer", ignore_errors=True)
+        dit.wan.save_pretrained(run.out / "transformer.part")   # so that it is whole, or not there
+        (run.out / "transformer.part").rename(run.out / "transformer")
         print(f"python examples/wan.py sample {run.out} PROMPT")
     if dist.is_initialized():
         dist.destroy_process_group()
 
 def sample_videos(own, flags):
-    folder, *flags = ["runs/wan-tiny"] * own.tiny + flags or ["DIR"]
+    folder, *flags = ["runs/wan-tiny"] * own.tiny + flags or [""]
+    if not folder or folder.startswith("-"):
+        raise ValueError(f"sample DIR PROMPT: the run's folder comes first, not {folder or 'none'}")
     settings = read_json(Path(folder, "settings.json"), *SETTINGS)
     vars(own).update({name: settings[name] for name in SETTINGS})
     sys.argv[1:] = ["--run", folder, *flags]
     args = sample.parse()
+    prompts = sample.read_prompts(args)
     if args.compare or args.which != "jam":
         raise ValueError(f"--compare, --which {args.which}: {folder} has VideoJAM's weights alone")
     if not Path(folder, "transformer").is_dir():
@@ -279,7 +287,8 @@ def sample_videos(own, flags):
     run = WanRun(own, ["--out", folder, *(["--device", args.device] if args.device else [])])
     wan = load(WanTransformer3DModel, run.out / "transformer", dtype=run.args.precision)
     model = VideoJAM(run.preset, run.tae(), DiT(run, wan.to(run.device)))
-    sample.write_samples(args, sample.read_prompts(args), {"jam": model})
+    model.generate = functools.partial(model.generate, batch=1)     # large clips one by one
+    sample.write_samples(args, prompts, {"jam": model})
 
 def main():
     logging.set_verbosity_error()           # diffusers': our errors are one line

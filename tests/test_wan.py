@@ -265,7 +265,7 @@ def test_wrong_weights_and_no_videos_are_refused(refuses, tmp_path, monkeypatch)
     command = wan.main, "train", "--tiny", "--out", tmp_path
     assert "none: no AutoencoderKLWan there, nor on the hub" in refuses(
         *command, "--model", tmp_path / "none")
-    assert "no videos in it" in refuses(*command, "--data", "/nowhere")
+    assert "/nowhere: no such folder" in refuses(*command, "--data", "/nowhere")
     shutil.rmtree(tmp_path)
     monkeypatch.setitem(wan.TINY[diffusers.WanTransformer3DModel], "in_channels", 9)
     assert "for an input of 4 channels" in refuses(*command)
