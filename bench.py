@@ -493,7 +493,8 @@ def parse():
         raise ValueError(f"{args.folder}: no such folder")
     if args.run and args.experiment in ("premise", "metrics"):
         raise ValueError("premise trains its own runs, metrics has a folder: it takes no --run")
-    args.out = args.out or Path("runs/bench", Path(args.run or "").name, args.experiment or "")
+    name = Path(args.run or args.folder).resolve().name if args.run or args.folder else ""
+    args.out = args.out or Path("runs/bench", name, args.experiment or "")
     return args
 
 def main():

@@ -4,6 +4,7 @@
     python train.py --data FOLDER               own videos: find_videos in data.py says how
     python train.py --stage jam --steps 5000    one stage; a finished stage gets longer
     python train.py --stage raft                RAFT, from nothing, on scenes with exact flow
+    python train.py --init weights/toy.pt --clutter .2 --t-shift 1 --out runs/more  from the shipped
     torchrun --nproc_per_node=8 train.py --preset 4b --accumulate 4 --data FOLDER   on many GPUs
     python train.py --preset 30b --gpus 256 --dry-run                   what that would take
 
@@ -14,6 +15,9 @@ jam's new rows learn faster). For a first reading: DiTStage.losses, Trainer.upda
 A run is a folder; its model.pt is the file to share (`python sample.py --run FOLDER`). The same
 command again resumes, bit-exact on a CPU: randomness depends on (seed, stage, step, place in the
 batch) alone, not on the number of GPUs. (Resume your own runs only: their index is a pickle.)
+
+With torchrun --max-restarts set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1; for 4b give torchrun
+--shutdown-timeout 600 too, so that Ctrl-C has time to write a checkpoint.
 """
 import argparse
 import contextlib
