@@ -309,7 +309,8 @@ def judge(args, dose, target, seed):
         if missing := sorted(MODELS.keys() - e.models.keys()):
             raise ValueError(f"{run}: has no {', '.join(missing)} to compare with: train jam and "
                              "control for the same steps, or delete it")
-        scores = e.scores({name: e.sample(which)[0] for which, name in MODELS.items()})
+        videos = {name: e.sample(which)[0] for which, name in MODELS.items()}
+        scores = e.scores({"through the TAE": e.upper_bounds["through the TAE"], **videos})
         write_text(path, json.dumps({"share": static_share(e.video), "scores": scores,
                                      "fig3": motivation(e)["curves"][0]}, default=list))
     return read_json(path, "share", "scores", "fig3"), is_new
@@ -333,7 +334,7 @@ def premise_section(args, runs):
     for (dose, target), some in runs.items():
         each = {f"training {i}": run["scores"] for i, run in enumerate(some)}
         each["mean"] = {name: sum((run["scores"][name] for run in some[:shared]), [])
-                        for name in MODELS.values()}
+                        for name in some[0]["scores"]}
         world = f"{dose:g}, {target}"
         scores |= {f"{world}: {name}": by_prompt(rows, args.n)
                    for name, rows in each["mean"].items()}
