@@ -32,7 +32,7 @@ from common import (ROOT, Parser, autocast, can_compile, compile_layers, device_
                     positive_int, read_json, report_errors, write_text, write_video)
 from data import video_files
 from flow import RAFT, estimate_flow, flow_to_rgb
-from metrics import (VBENCH, by_prompt, cell, held_out_clips, interval, mean_row, paired,
+from metrics import (VBENCH, by_prompt, cell, held_out_clips, interval, mean_row, paired, present,
                      score_clips, static_share, vbench)
 from synthetic import APPEARANCE, HELD_OUT, TARGETS, sprite_clips
 from videojam import (PRESETS, Noise, VideoJAM, euler_sample, flow_matching_loss, interpolate,
@@ -126,9 +126,6 @@ def gain(rows, others):
     """What each row scores more than the other of its noise: None where one has no score."""
     return [{key: None if None in (a[key], b[key]) else a[key] - b[key] for key in PAIRED}
             for a, b in zip(rows, others)]
-
-def present(rows, key):
-    return [row[key] for row in rows if row[key] is not None]
 
 def paired_table(gains):
     """A table of {name: a row of gains for each prompt}."""

@@ -172,9 +172,13 @@ def static_share(video):
     """The share of the variance of pixels (N, T, 3, H, W) that their means over time have."""
     return (video.mean(1).var(correction=0) / video.var(correction=0)).item()
 
+def present(rows, key):
+    """A score of those rows that have it."""
+    return [row[key] for row in rows if row[key] is not None]
+
 def mean_row(rows):
     """The mean of each score over rows of one prompt, of those that have it."""
-    merged = {key: [row[key] for row in rows if row[key] is not None] for key in rows[0]}
+    merged = {key: present(rows, key) for key in rows[0]}
     return {key: None if not values else
             values[0] if key in ("kind", "held_out") else float(np.mean(values))
             for key, values in merged.items()}

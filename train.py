@@ -143,8 +143,7 @@ class Run:
             self.hyperparameters(stage)
         if settings.is_file() and any(self.out.glob("*/*")):
             refuse_changes(self.out, read_json(settings), self.settings)
-        if args.data and not Path(args.data).is_dir():
-            raise ValueError(f"--data {args.data}: no such folder")
+        self.check_data()
         if not args.init or args.stage == "raft":               # raft's --init is RAFT's weights
             return
         preset, self.given_tae, self.given = read_model_file(args.init)
@@ -153,6 +152,11 @@ class Run:
         # so that latents always are of tae.pt
         if tae.exists() and read_tensors(tae, "tae")["origin"] != f"--init {args.init}":
             raise ValueError(f"--init {args.init}: {self.out} has another TAE, take another --out")
+
+    def check_data(self):
+        """ValueError where --data names no folder."""
+        if self.args.data and not Path(self.args.data).is_dir():
+            raise ValueError(f"--data {self.args.data}: no such folder")
 
     def create(self):
         """Makes the run's folder."""

@@ -20,8 +20,7 @@ import synthetic
 import train
 from data import Latents, Sprites
 from train import STAGES
-from videojam import (TAE, DiT, Noise, VideoJAM, flow_matching_loss, joint_loss,
-                      tokenize)
+from videojam import TAE, DiT, Noise, VideoJAM, flow_matching_loss, joint_loss, tokenize
 
 EXPECTED_TIME, SHOW_PREVIEW = train.print_expected_time, train.show_preview
 
@@ -149,6 +148,7 @@ def test_control_sees_what_jam_sees_and_trains_as_it_did(begun, finishes, watche
         assert equal([x1, y], inputs)
         assert equal(of_jam["noise"][:-1], of_control["noise"][:-1])    # all but no_motion
         assert of_jam["noise"].t.max() < .01            # by the shift
+    assert not torch.equal(jam[0].kwargs["noise"].t, jam[1].kwargs["noise"].t)
     # losses of dropped motion are logged apart
     assert all(row["loss_d"] is None and row["loss_d_dropped"] > 1 for row in logged(out, "jam"))
     status = checkpoint(out, "control")
@@ -185,8 +185,7 @@ def test_summarize_means_by_bin_and_without_what_does_not_apply():
     ("jam", None, "base"), ("control", None, "base"), ("jam", ["base"], "base"),
     ("jam", STAGES, "jam"), ("control", STAGES, "control")])
 def test_stages_begin_as_their_origin_and_jam_with_motion(
-        finished, uninterrupted, begun, run_of, finishes, tmp_path, monkeypatch, name, init,
-        origin):
+        finished, uninterrupted, begun, finishes, tmp_path, monkeypatch, name, init, origin):
     """From the run's base, in full precision, or from a model file's base or own DiT."""
     monkeypatch.setattr(train, "train_loop", lambda *both: seen.append(train.Trainer(*both)))
     monkeypatch.setattr(train.Run, "export", lambda run: None)

@@ -162,6 +162,20 @@ def test_add_motion_weights_all_learn():
         assert weight.unflatten(axis, (4, 2, 4)).select(axis + 1, 1).all()  # offsets, x or d, C
 
 @pytest.mark.parametrize("layer, channel_last, size", [
+    (nn.Linear(12, 7), True, (4,)), (nn.Linear(12, 7, bias=False), False, (4,)),
+    (nn.Conv3d(3, 7, (1, 2, 2), (1, 2, 2)), False, (2, 4, 4)),
+    (nn.Conv2d(3, 7, 3, padding=1, padding_mode="reflect", bias=False), False, (5, 5))])
+def test_widen_input_keeps_x(layer, channel_last, size):
+    def layout(x):              # (B, C, offsets) -> a Linear's input
+        return (x.mT if channel_last else x).flatten(1) if isinstance(layer, nn.Linear) else x
+    (x, d), wide = torch.randn(2, 5, 3, *size), widen_input(layer, 3, channel_last)
+    assert_close(wide(layout(torch.cat([x, d], 1))), layer(layout(x)))
+    count = "in_features" if isinstance(layer, nn.Linear) else "in_channels"
+    assert type(wide) is type(layer) and getattr(wide, count) == 2 * getattr(layer, count)
+    # trained, it leaves the layer that it was made of alone
+    assert wide.bias is None or wide.bias.data_ptr() != layer.bias.data_ptr()
+
+@pytest.mark.parametrize("layer, channel_last, size", [
     (nn.Linear(7, 12), True, ()), (nn.Linear(7, 12, bias=False), False, ()),
     (nn.Conv2d(7, 12, 1), True, (2, 2)), (nn.Conv2d(7, 12, 1, bias=False), False, (2, 2))])
 def test_widen_output_keeps_x(layer, channel_last, size):
@@ -181,26 +195,25 @@ def test_widen_refuses_other_layers(widen, layers):
         with pytest.raises(ValueError, match="cannot widen"):
             widen(layer, 3, True)
 
-@pytest.mark.parametrize("others, at", [(0, None), (20, None), (20, 0), (20, 20), (20, 36)])
+@pytest.mark.parametrize("at", (None, 0, 20, 36))
 @pytest.mark.parametrize("channel_last", (True, False))
-def test_widen_input_keeps_x_and_puts_d_where_it_is_told(channel_last, others, at):
-    """x's 16 channels and others, as in Wan's image-to-video model; its Conv3d as a Linear."""
-    conv = nn.Conv3d(n := 16 + others, 5, (1, 2, 2), (1, 2, 2))
-    (z, d), at_d = torch.randn(2, 3, n, 1, 2, 2, generator=rng()), 16 if at is None else at
+def test_widen_input_with_other_channels_puts_d_where_it_is_told(channel_last, at):
+    """36 inputs, of which 16 are x's, as in Wan's image-to-video model; its Conv3d as a Linear."""
+    conv = nn.Conv3d(36, 5, (1, 2, 2), (1, 2, 2))
+    (z, d), at_d = torch.randn(2, 3, 36, 1, 2, 2, generator=rng()), 16 if at is None else at
     joint = torch.cat([z[:, :at_d], d[:, :16], z[:, at_d:]], 1)
     def flat(z):
         return (z.flatten(2).mT if channel_last else z).flatten(1)
-    linear = nn.Linear(4 * n, 5)
+    linear = nn.Linear(144, 5)
     linear.weight, linear.bias = nn.Parameter(flat(conv.weight)), conv.bias
     for layer, layout in ((conv, lambda z: z), (linear, flat)):
-        wide = widen_input(layer, 16, channel_last, others, at)
+        wide = widen_input(layer, 16, channel_last, 20, at)
         assert_close(wide(layout(joint)).flatten(1), conv(z).flatten(1))
-        added = new_entries(wide.weight, 1, 16, channel_last and layer is linear, others, at)
+        added = new_entries(wide.weight, 1, 16, channel_last and layer is linear, 20, at)
         assert added.sum() == 5 * 16 * 4 and not wide.weight[added].any()
         assert torch.equal(wide.weight[~added], layer.weight.flatten())
-        assert wide.bias.data_ptr() != layer.bias.data_ptr()    # training leaves the old one alone
-        with pytest.raises(ValueError, match=f"for an input of {n - 1} channels"):
-            widen_input(layer, 16, channel_last, others - 1)
+        with pytest.raises(ValueError, match="for an input of 35 channels"):
+            widen_input(layer, 16, channel_last, 19)
 
 @pytest.mark.parametrize("make", [
     lambda n: nn.Linear(6, n), lambda n: nn.Conv3d(4, n, 3, 2, (0, 1, 1)),
