@@ -326,7 +326,7 @@ def premise(args):
 def premise_section(args, runs):
     """The section of {(dose, target): [what `judge` said of each training]}. Means and curves are
     of those trainings that all of these worlds have."""
-    scores, gains, means, curves = {}, {}, {}, []
+    scores, gains, means = {}, {}, {}
     shared = min(map(len, runs.values()))
     for (dose, target), some in runs.items():
         each = {f"training {i}": run["scores"] for i, run in enumerate(some)}
@@ -339,18 +339,13 @@ def premise_section(args, runs):
                   by_prompt(gain(models[name], models["control"]), args.n)
                   for which, models in each.items() for name in ("base", "VideoJAM")}
         means[dose, target] = gains[f"{world}, mean: VideoJAM minus control"]
-    targets = {f"gain, {target} minus gain, flow": gain(means[dose, target], means[dose, "flow"])
-               for dose, target in means if target != "flow"}
-    still = {dose: 100 * runs[dose, target][0]["share"] for dose, target in means
+    still = {dose: 100 * some[0]["share"] for (dose, target), some in runs.items()
              if target == "flow"}
-    for keys, scale in (("detected", "motion_ok"), 100), (("error",), 1):
-        lines = {PAIRED[key]: {still[dose]: paired(values)[:3] for dose in still
-                               if (values := present(means[dose, "flow"], key))} for key in keys}
-        curves.append(("VideoJAM minus control, by % of variance that stands still",
-                       {name: [[*line], [*line.values()]] for name, line in lines.items()}, scale))
-    for dose in sorted({min(still), max(still)}):
-        label, *lines = runs[dose, "flow"][0]["fig3"]
-        curves.append((f"appearance {dose:g}: {label}", *lines))
+    least = min(still)
+    more = {f"gain at {dose:g} minus gain at {least:g}":
+            gain(means[dose, "flow"], means[least, "flow"]) for dose in still if dose > least}
+    more |= {f"gain, {target} minus gain, flow": gain(means[dose, target], means[dose, "flow"])
+             for dose, target in means if target != "flow"}
     shares = ", ".join(f"{share:.0f}%" for share in still.values())
     return {"about": f"{sum(map(len, runs.values()))} of {len(TRAININGS) * (len(DOSES) + 2)} "
                      f"trainings, by --appearance ({shares} of the variance of pixels stand still) "
@@ -358,8 +353,23 @@ def premise_section(args, runs):
                      f"{sampling(args)}. Means and curves: of {shared} of each; 95% intervals over "
                      "clips, not trainings.",
             "tables": [score_table(scores, SCORES), paired_table(gains)]
-            + [paired_table(targets)] * bool(targets),
-            "curves": curves, "runs": [[*world, some] for world, some in runs.items()]}
+            + [paired_table(more)] * bool(more),
+            "curves": premise_curves(runs, means, still),
+            "runs": [[*world, some] for world, some in runs.items()]}
+
+def premise_curves(runs, gains, still):
+    """VideoJAM's gains {world: rows} by {dose: % of the variance that stands still}, and Fig. 3 at
+    the least and the loudest dose."""
+    curves = []
+    for keys, scale in (("detected", "motion_ok"), 100), (("error",), 1):
+        lines = {PAIRED[key]: {still[dose]: paired(values)[:3] for dose in still
+                               if (values := present(gains[dose, "flow"], key))} for key in keys}
+        curves.append(("VideoJAM minus control, by % of variance that stands still",
+                       {name: [[*line], [*line.values()]] for name, line in lines.items()}, scale))
+    for dose in sorted({min(still), max(still)}):
+        label, *lines = runs[dose, "flow"][0]["fig3"]
+        curves.append((f"appearance {dose:g}: {label}", *lines))
+    return curves
 
 # ---------------------------------------------------------------- folders of anybody's videos
 

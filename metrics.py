@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from flow import estimate_flow, stream_flow
-from synthetic import (COLOURS, DIRECTIONS, HELD_OUT, SHAPES, TRAVEL, TURNS, bouncing, cover_of,
-                       sprite_clips, sprite_scene, two_teeth)
+from synthetic import (COLOURS, DIRECTIONS, HELD_OUT, LOWEST_DROP, RADII, RANGES, SHAPES, TRAVEL,
+                       TURNS, bouncing, cover_of, sprite_clips, sprite_scene, two_teeth)
 
 # ---------------------------------------------------------------- tracking a sprite
 
@@ -104,7 +104,7 @@ def fit_motion(kind, phrase, path, size, radius=.145):
         return np.stack([np.concatenate(pair) for pair in pairs], -1)
 
     speed = words[-1] if words[-1] in TRAVEL else ""
-    word = words[-2] if speed else words[-1]
+    word, limits = words[-2] if speed else words[-1], RANGES.get(kind)
     if kind == "move":
         rms, c, _ = least_squares([planar((tau, zero), (zero, tau))], both)
         along = c[2] * DIRECTIONS[word][0] + c[3] * DIRECTIONS[word][1]
@@ -112,19 +112,21 @@ def fit_motion(kind, phrase, path, size, radius=.145):
         good = in_range(along, *TRAVEL[speed]) and across < .3 * along
     elif kind == "zigzag":
         rms, c, _ = least_squares([planar((tau, zero), (zero, two_teeth(tau)))], both)
-        good = in_range(c[2] * DIRECTIONS[word][0], .45, .6) and in_range(c[3], .2, .3)
+        good = in_range(c[2] * DIRECTIONS[word][0], *limits["travel"]) and \
+            in_range(c[3], *limits["height"])
     elif kind == "swing":
         family = [(a, n, p) for a in np.linspace(.5, 1, 11) for n in np.linspace(.6, 1.4, 33)
                   for p in (0, np.pi)]
         theta = [a * np.cos(2 * np.pi * n * tau + p) for a, n, p in family]
         rms, c, best = least_squares([planar((np.sin(t), np.cos(t))) for t in theta], both)
-        good = in_range(c[2], .3, .4) and in_range(family[best][1], .8, 1.2, .15)
+        good = in_range(c[2], *limits["length"]) and \
+            in_range(family[best][1], *limits["cycles"], slack=.15)
     elif kind == "orbit":
         sign = 1 if word == "clockwise" else -1
         theta = [2 * np.pi * n * tau for n in np.linspace(.6, 1.4, 33) * sign]
         rms, c, _ = least_squares([planar((np.cos(t), np.sin(t)), (-np.sin(t), np.cos(t)))
                                    for t in theta], both)
-        good = in_range(np.hypot(c[2], c[3]), .18, .28)
+        good = in_range(np.hypot(c[2], c[3]), *limits["radius"])
     elif kind == "spin":
         rms, _, _ = least_squares([planar()], both)
         off, c, _ = least_squares([np.stack([one, tau], -1)], path[:, 2])
@@ -135,7 +137,7 @@ def fit_motion(kind, phrase, path, size, radius=.145):
         family = [(f, e) for f in np.linspace(.25, .5, 26) for e in np.linspace(.5, .9, 9)]
         rms, c, _ = least_squares([planar((zero, bouncing(tau, 0, 1, f, e)))
                                       for f, e in family], both)
-        good = in_range(c[2], 1 - .4 - .17, 1 - 2 * .12)
+        good = in_range(c[2], 1 - LOWEST_DROP - RADII[1], 1 - 2 * RADII[0])
     else:
         raise ValueError(f"{kind}: not the motion of one sprite")
     return rms * size, bool(good and rms < .025)

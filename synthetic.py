@@ -30,6 +30,16 @@ MOTIONS = {
 }
 TRAVEL = {"slowly": (.15, .25), "": (.30, .45), "quickly": (.52, .65)}   # widths in the clip
 TURNS = {"slowly": (.20, .30), "": (.50, .70), "quickly": (.90, 1.1)}    # turns in the clip
+RADII = .12, .17                    # of sprites
+LOWEST_DROP = .4                    # y of the lowest place that a sprite falls from
+# what the other motions are drawn from: lengths, times, turns and cycles in the clip, angles, and
+# the share of its speed that a bounce keeps
+RANGES = {
+    "zigzag": {"travel": (.45, .6), "height": (.2, .3)},
+    "swing": {"length": (.3, .4), "amplitude": (.6, .85), "cycles": (.8, 1.2)},
+    "orbit": {"radius": (.18, .28), "turns": (.8, 1.2)},
+    "fall": {"fall_time": (.3, .45), "restitution": (.6, .8)},
+}
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 BACKGROUNDS = ("stripes", "checks", "clouds")
 MEAN_SPEED = .048                   # of what moves, in widths a frame of a clip of 16
@@ -58,35 +68,31 @@ def two_teeth(tau):
     return np.abs((2 * tau + .5) % 1 * 2 - 1)
 
 def motion_path(kind, phrase, speed, radius, tau, rng):
-    """One sprite's path (T, 3): x, y (frame widths) and angle; and the physics behind it. What is
-    drawn here `fit_motion` in metrics.py accepts: it knows these ranges too."""
+    """One sprite's path (T, 3): x, y (frame widths) and angle; and the physics behind it."""
     x, y, angle = np.zeros_like(tau), np.zeros_like(tau), np.zeros_like(tau)
-    word, p = phrase.split()[-1], {}
+    word = phrase.split()[-1]
     sign = -1 if word in ("left", "counterclockwise") else 1
+    p = {name: rng.uniform(*limits) for name, limits in RANGES.get(kind, {}).items()}
     if kind == "move":
         p["travel"] = rng.uniform(*TRAVEL[speed])
         x, y = (direction * p["travel"] * tau for direction in DIRECTIONS[word])
     elif kind == "zigzag":
-        p = {"travel": rng.uniform(.45, .6), "height": rng.uniform(.2, .3)}
         x = sign * p["travel"] * tau
         y = p["height"] * two_teeth(tau)
     elif kind == "swing":
-        p = {"length": rng.uniform(.3, .4), "amplitude": rng.uniform(.6, .85),
-             "cycles": rng.uniform(.8, 1.2), "phase": rng.choice([0., np.pi])}
+        p["phase"] = rng.choice([0., np.pi])
         theta = p["amplitude"] * np.cos(2 * np.pi * p["cycles"] * tau + p["phase"])
         x, y, angle = p["length"] * np.sin(theta), p["length"] * np.cos(theta), -theta
     elif kind == "orbit":
-        p = {"radius": rng.uniform(.18, .28), "turns": sign * rng.uniform(.8, 1.2),
-             "phase": rng.uniform(0, 2 * np.pi)}
+        p |= {"turns": sign * p["turns"], "phase": rng.uniform(0, 2 * np.pi)}
         theta = p["phase"] + 2 * np.pi * p["turns"] * tau
         x, y = p["radius"] * np.cos(theta), p["radius"] * np.sin(theta)
     elif kind == "spin":
         p["turns"] = sign * rng.uniform(*TURNS[speed])
         angle = 2 * np.pi * p["turns"] * tau + rng.uniform(0, 2 * np.pi)
     elif kind == "fall":
-        p = {"fall_time": rng.uniform(.3, .45), "restitution": rng.uniform(.6, .8)}
         floor = 1 - radius
-        y = bouncing(tau, rng.uniform(radius, .4), floor, p["fall_time"], p["restitution"])
+        y = bouncing(tau, rng.uniform(radius, LOWEST_DROP), floor, p["fall_time"], p["restitution"])
     # anywhere in the frame where the whole path fits; the floor is the frame's lower edge
     x = x + rng.uniform(radius - x.min(), 1 - radius - x.max())
     if kind != "fall":
@@ -126,7 +132,7 @@ def sprite_scene(seed, frames, clutter):
         phrase = rng.choice(MOTIONS[motion][0])
         speed = rng.choice(list(TRAVEL)) if motion in ("move", "spin") else ""
         sprites.append({"shape": str(shape), "colour": str(colour), "kind": motion,
-                        "phrase": f"{phrase} {speed}".strip(), "radius": rng.uniform(.12, .17)})
+                        "phrase": f"{phrase} {speed}".strip(), "radius": rng.uniform(*RADII)})
         if motion != "collide":
             sprites[-1]["path"], sprites[-1]["physics"] = motion_path(
                 motion, phrase, speed, sprites[-1]["radius"], tau, rng)

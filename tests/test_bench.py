@@ -97,15 +97,16 @@ def test_premise_trains_and_judges_each_world_once(model_folder, run, tmp_path, 
     assert "0-flow-7: has no base, control to compare with" in run(bench.main, *flags)[2]
 
 def test_premise_pairs_each_training_with_its_control_and_averages_over_trainings():
-    def judged(jam, control):
+    def judged(jam, control, share=.5):
         rows = {"base": (0, 0), "control": control, "VideoJAM": jam}
-        return {"share": .5, "fig3": ["", {}, 1], "scores": {name: [
+        return {"share": share, "fig3": ["", {}, 1], "scores": {name: [
             {"held_out": 1, **dict.fromkeys(bench.PAIRED, float(hit)), "error": hit or None}
             for hit in hits] for name, hits in rows.items()}}
 
     section = bench.premise_section(
         SimpleNamespace(n=2, seeds=1, steps=1, emulated=1, w1=1., w2=1.),
-        {(.5, "flow"): [judged((1, 2), (0, 1)), judged((0, 1), (5, 0))],
+        {(.2, "flow"): [judged((1, 0), (0, 0), .4)] * 2,
+         (.5, "flow"): [judged((1, 2), (0, 1)), judged((0, 1), (5, 0))],
          (.5, "mask"): [judged((1, 0), (1, 1)), judged((1, 0), (1, 1)), judged((0, 0), (2, 2))]})
     detected, motion_error = ({row[0]: row[column].split()[0] for table in section["tables"][1:]
                                for row in table[1]} for column in (1, -1))
@@ -113,11 +114,12 @@ def test_premise_pairs_each_training_with_its_control_and_averages_over_training
         "flow, training 0", "flow, training 1", "flow, mean", "mask, training 2", "mask, mean")] \
         == ["+100.0", "-200.0", "-50.0", "-200.0", "-50.0"]     # the mean is of two of each
     assert detected["gain, mask minus gain, flow"] == "+0.0"
+    assert detected["gain at 0.5 minus gain at 0.2"] == "-100.0"
     # only where both have one: of the first training's second prompt
     assert motion_error["0.5, flow, mean: VideoJAM minus control"] == "+1.00"
     assert motion_error["0.5, mask, training 2: VideoJAM minus control"] == "-"
-    ((share, (values,)),) = [section["curves"][0][1]["detected, points"]]
-    assert share == [50] and values[0] == -.5
+    shares, values = section["curves"][0][1]["detected, points"]
+    assert shares == [40, 50] and [value for value, *_ in values] == [.5, -.5]
 
 def test_what_would_fail_at_the_end_is_said_before_anything_is_drawn(model_folder, refuses,
                                                                      tmp_path, monkeypatch):
