@@ -242,7 +242,8 @@ def ablation(e):
 
 @torch.no_grad()
 def sdedit(e):
-    """Clips noised to some of 100 steps and sampled on from there: by when is what decided?"""
+    """Clips are noised to some of 100 steps and sampled on from there: what they still share with
+    the clip was decided before that step."""
     args, n, few = e.args, e.args.n, min(e.args.n, e.args.few)
     table, results, shown = [], {}, []
     video, flow = (part.to(e.device) for part in (e.video, e.flow))
@@ -290,8 +291,8 @@ def judge(args, dose, target, seed):
     run = args.out / f"{dose:g}-{target}-{seed}"
     path = run / (f"n{args.n}-seeds{args.seeds}-steps{args.steps}-of-{args.emulated}-"
                   f"w1-{args.w1:g}-w2-{args.w2:g}.json")
-    model = weights_path(run)
-    is_new = not path.exists() or model.exists() and model.stat().st_mtime > path.stat().st_mtime
+    trained = [status.stat().st_mtime for status in run.glob("checkpoints/*/status.json")]
+    is_new = not path.exists() or max(trained, default=0) > path.stat().st_mtime
     if is_new:
         flags = {"--appearance": dose, "--target": target, "--seed": seed, "--out": run}
         flags |= {"--device": args.device} if args.device else {}
@@ -332,13 +333,13 @@ def premise_section(args, runs):
         each = {f"training {i}": run["scores"] for i, run in enumerate(some)}
         each["mean"] = {name: sum((run["scores"][name] for run in some[:shared]), [])
                         for name in some[0]["scores"]}
-        world = f"{dose:g}, {target}"
-        scores |= {f"{world}: {name}": by_prompt(rows, args.n)
+        label = f"{dose:g}, {target}"
+        scores |= {f"{label}: {name}": by_prompt(rows, args.n)
                    for name, rows in each["mean"].items()}
-        gains |= {f"{world}, {which}: {name} minus control":
+        gains |= {f"{label}, {which}: {name} minus control":
                   by_prompt(gain(models[name], models["control"]), args.n)
                   for which, models in each.items() for name in ("base", "VideoJAM")}
-        means[dose, target] = gains[f"{world}, mean: VideoJAM minus control"]
+        means[dose, target] = gains[f"{label}, mean: VideoJAM minus control"]
     still = {dose: 100 * some[0]["share"] for (dose, target), some in runs.items()
              if target == "flow"}
     least = min(still)
@@ -357,13 +358,13 @@ def premise_section(args, runs):
             "curves": premise_curves(runs, means, still),
             "runs": [[*world, some] for world, some in runs.items()]}
 
-def premise_curves(runs, gains, still):
-    """VideoJAM's gains {world: rows} by {dose: % of the variance that stands still}, and Fig. 3 at
-    the least and the loudest dose."""
+def premise_curves(runs, means, still):
+    """VideoJAM's mean gains by {dose: % of the variance that stands still}, and Fig. 3 at the least
+    and the loudest dose."""
     curves = []
     for keys, scale in (("detected", "motion_ok"), 100), (("error",), 1):
         lines = {PAIRED[key]: {still[dose]: paired(values)[:3] for dose in still
-                               if (values := present(gains[dose, "flow"], key))} for key in keys}
+                               if (values := present(means[dose, "flow"], key))} for key in keys}
         curves.append(("VideoJAM minus control, by % of variance that stands still",
                        {name: [[*line], [*line.values()]] for name, line in lines.items()}, scale))
     for dose in sorted({min(still), max(still)}):
@@ -507,7 +508,8 @@ def parse():
 
 def main():
     args, command = parse(), "python bench.py " + shlex.join(sys.argv[1:])
-    ffmpeg(), args.out.mkdir(parents=True, exist_ok=True)           # fail before the long work
+    ffmpeg()                                    # fail before the long work
+    args.out.mkdir(parents=True, exist_ok=True)
     if not os.access(args.out, os.W_OK):
         raise ValueError(f"--out {args.out}: cannot be written")
     if args.experiment == "metrics":

@@ -8,7 +8,6 @@ import itertools
 import json
 import logging
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -46,7 +45,7 @@ positive_int = number(int, 1, 2 ** 62, "a positive whole number")
 positive = number(float, sys.float_info.min, sys.float_info.max, "a positive number")
 fraction = number(float, 0, 1, "from 0 to 1")
 guidance_scale = number(float, -1000, 1000, "from -1000 to 1000")
-seed = number(int, 1 - 2 ** 62, 2 ** 62 - 1, "a whole number below 2^62")
+seed = number(int, 0, 2 ** 32 - 1, "a whole number from 0 to 2^32 - 1")     # torch reads 32 bits
 
 def nonempty(text):
     """An argparse type: a path or name that is not empty."""
@@ -110,10 +109,6 @@ def truncate(prompt, max_bytes):
     """A prompt's first bytes, max_bytes at most (None: all), up to the end of a character."""
     return prompt.encode()[:max_bytes].decode(errors="ignore")
 
-def file_stem(prompt):
-    """A prompt as a file's name: no slash or NUL, 180 bytes at most (a name holds 255)."""
-    return truncate(re.sub("[/\0]", " ", prompt), 180)
-
 def read_json(path, *keys):
     """The dict of a .json file that has these keys. ValueError where it is damaged."""
     with contextlib.suppress(ValueError):
@@ -147,12 +142,12 @@ TONE_MAP = ("zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=bt709,tonemap=mob
 
 @functools.cache
 def ffmpeg():
-    """The path of the program ffmpeg. ValueError where there is none."""
+    """The path of the program ffmpeg. OSError where there is none: no video is to blame."""
     with contextlib.suppress(RuntimeError, OSError, subprocess.CalledProcessError):
         path = imageio_ffmpeg.get_ffmpeg_exe()
         subprocess.run([path, "-version"], check=True, capture_output=True)
         return path
-    raise ValueError("no ffmpeg: pip install imageio-ffmpeg, or let IMAGEIO_FFMPEG_EXE name one")
+    raise OSError("no ffmpeg: pip install imageio-ffmpeg, or let IMAGEIO_FFMPEG_EXE name one")
 
 def video_header(path):
     """What a video says of itself: "fps", "duration" in s, "pix_fmt". ValueError: not a video."""
@@ -207,9 +202,9 @@ def check_video(path, frames):
     raise OSError("the video is not whole, is the disk full?")
 
 def write_mp4(path, frames, fps):
-    """Writes frames (H, W, 3) uint8, an array or a generator; `path` is new."""
+    """Writes frames (H, W, 3) uint8, an array or a generator, to a temporary path."""
     ffmpeg()
-    count = itertools.count()
+    count = itertools.count()                   # zip takes one number a frame
     iio.imwrite(path, (frame for frame, _ in zip(frames, count)), plugin="FFMPEG", is_batch=True,
                 fps=fps, macro_block_size=2, output_params=["-crf", "12"], ffmpeg_log_level="quiet")
     check_video(path, next(count))

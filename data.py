@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import (barrier, ffmpeg, frames_and_rate, open_video, print0, rank, read_json,
+from common import (barrier, frames_and_rate, open_video, print0, rank, read_json,
                     video_header, world_size, write_file, write_text)
 from flow import estimate_flow, flow_to_rgb, stream_flow
 from synthetic import HELD_OUT, sprite_clips
@@ -153,7 +153,6 @@ def decode(path, first, frames, fps, size, before=()):
     filters = (f"fps={fps}:round=up:start_time=0,tpad=stop=1:stop_mode=clone,format=rgb24,"
                f"scale={W}:{H}:force_original_aspect_ratio=increase,crop={W}:{H}")
     clip, shown = [], open_video(path, filters, before, ["-frames:v", str(first + frames)])
-    ffmpeg()                                    # its absence is no fault of the file
     with contextlib.suppress(ValueError):
         clip.extend(itertools.islice(shown, first, None))
     return clip
@@ -208,11 +207,11 @@ class Sprites:
 class Folder:
     """A folder of videos. A key is (file name, first frame, file size): a file of another size is
     another video. Their flow is RAFT's: of the first `limit` frames in all it is estimated once
-    and kept in files, with the frames. takes_all: whether clips beyond them are used too."""
+    and kept in files, with the frames. takes_all: whether clips beyond them are used too, whose
+    flow is then estimated each time they are read."""
     def __init__(self, folder, preset, raft, out, workers, limit, takes_all):
         self.folder, self.preset, self.raft = Path(folder), preset, raft
         self.cache, self.takes_all = out / "clips", takes_all
-        ffmpeg()
         if rank() == 0:
             self.examine_all(out / "videos.json", workers)
         barrier()

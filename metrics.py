@@ -105,6 +105,7 @@ def fit_motion(kind, phrase, path, size, radius=.145):
 
     speed = words[-1] if words[-1] in TRAVEL else ""
     word, limits = words[-2] if speed else words[-1], RANGES.get(kind)
+    sign = -1 if word in ("left", "counterclockwise") else 1
     if kind == "move":
         rms, c, _ = least_squares([planar((tau, zero), (zero, tau))], both)
         along = c[2] * DIRECTIONS[word][0] + c[3] * DIRECTIONS[word][1]
@@ -112,8 +113,7 @@ def fit_motion(kind, phrase, path, size, radius=.145):
         good = in_range(along, *TRAVEL[speed]) and across < .3 * along
     elif kind == "zigzag":
         rms, c, _ = least_squares([planar((tau, zero), (zero, two_teeth(tau)))], both)
-        good = in_range(c[2] * DIRECTIONS[word][0], *limits["travel"]) and \
-            in_range(c[3], *limits["height"])
+        good = in_range(sign * c[2], *limits["travel"]) and in_range(c[3], *limits["height"])
     elif kind == "swing":
         family = [(a, n, p) for a in np.linspace(.5, 1, 11) for n in np.linspace(.6, 1.4, 33)
                   for p in (0, np.pi)]
@@ -122,7 +122,6 @@ def fit_motion(kind, phrase, path, size, radius=.145):
         good = in_range(c[2], *limits["length"]) and \
             in_range(family[best][1], *limits["cycles"], slack=.15)
     elif kind == "orbit":
-        sign = 1 if word == "clockwise" else -1
         theta = [2 * np.pi * n * tau for n in np.linspace(.6, 1.4, 33) * sign]
         rms, c, _ = least_squares([planar((np.cos(t), np.sin(t)), (-np.sin(t), np.cos(t)))
                                    for t in theta], both)
@@ -131,8 +130,7 @@ def fit_motion(kind, phrase, path, size, radius=.145):
         rms, _, _ = least_squares([planar()], both)
         off, c, _ = least_squares([np.stack([one, tau], -1)], path[:, 2])
         rms = np.hypot(rms, off * radius)               # an angle's error, at the sprite's edge
-        turns = c[1] / (2 * np.pi) * (1 if word == "clockwise" else -1)
-        good = in_range(turns, *TURNS[speed])
+        good = in_range(sign * c[1] / (2 * np.pi), *TURNS[speed])
     elif kind == "fall":
         family = [(f, e) for f in np.linspace(.25, .5, 26) for e in np.linspace(.5, .9, 9)]
         rms, c, _ = least_squares([planar((zero, bouncing(tau, 0, 1, f, e)))

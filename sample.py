@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from common import (Parser, device_of, file_stem, grid, guidance_scale, positive_int, read_json,
+from common import (Parser, device_of, ffmpeg, grid, guidance_scale, positive_int, read_json,
                     report_errors, seed, truncate, write_video)
 from data import Sprites, open_text
 from synthetic import sprite_scene
@@ -73,12 +73,18 @@ def print_hints(run, prompts, max_bytes):
         if (kept := truncate(prompt, max_bytes)) != prompt:
             print(f"the model reads {max_bytes} bytes of a prompt: {kept!r}")
 
+def file_stem(prompt):
+    """A prompt as a file's name: no slash or NUL, 180 bytes at most (a name holds 255)."""
+    return truncate(re.sub("[/\0]", " ", prompt), 180)
+
 def output_files(args, prompts):
     """A path for each sample, --n of each prompt. Makes their folder."""
     out, count = Path(args.out or "outputs"), len(prompts) * args.n
     is_file = out.suffix.lower() in (".mp4", ".gif")
     if out.suffix and not is_file and not out.is_dir() or is_file and out.is_dir():
         raise ValueError(f"--out {out}: name a .mp4 or .gif file, or a folder")
+    if out.suffix.lower() != ".gif":
+        ffmpeg()                                # before the sampling
     folder = out.parent if is_file else out
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
@@ -90,14 +96,14 @@ def output_files(args, prompts):
         if len(set(map(file_stem, prompts))) < len(prompts):
             raise ValueError("two prompts have the same first 180 bytes, and so the same file name")
         return [out / f"{file_stem(prompt)}-{i}.mp4" for prompt in prompts for i in range(args.n)]
-    files = {}
+    files = []
     for prompt in (prompt for prompt in prompts for _ in range(args.n)):
         stem = file_stem(re.sub(r"[^\w]+", "-", prompt).strip("-")[:60] or "video")
         path, k = out / f"{stem}.mp4", 2
         while path.exists() or path in files:
             path, k = out / f"{stem}-{k}.mp4", k + 1
-        files[path] = prompt
-    return [*files]
+        files.append(path)
+    return files
 
 def write_samples(args, prompts, models):
     """Writes --n samples of each prompt by {name: VideoJAM} side by side; motion is the last's."""

@@ -116,7 +116,7 @@ def collision_paths(radii, tau, rng):
 def sprite_scene(seed, frames, clutter):
     """The scene of a seed, a dict: background, sprites from front to back, caption."""
     rng = np.random.default_rng(seed)
-    tau = np.linspace(0, 1, frames) if frames > 1 else np.zeros(1)
+    tau = np.linspace(0, 1, frames)
     textured, several = rng.random(2) < clutter
     kinds = [kind for kind in MOTIONS if not (several and kind == "collide")]
     odds = np.array([MOTIONS[kind][1] for kind in kinds], float)
@@ -287,22 +287,22 @@ def fractal_noise(n, side, generator):
     noise = noise[:, :1] + .5 * torch.rand(n, 1, 1, 1, generator=generator) * noise
     return noise / noise.std((1, 2, 3), keepdim=True)
 
-def sample_texture(random, points):
+def sample_texture(sampler, points):
     """Pictures (n, 3, size, size), fractal noise or plain; and which are not plain, (n, 1, 1)."""
-    n, size, uniform = random.n, random.size, random.uniform
-    textured = random.chance(.8)
+    n, size, uniform = sampler.n, sampler.size, sampler.uniform
+    textured = sampler.chance(.8)
     slope = uniform(-.4, .4, 3, 2) * uniform(0, 1, 1, 1) ** 2 @ points / size
-    noise = fractal_noise(n, size, random.generator).flatten(2) * uniform(.3, 3, 1, 1)
+    noise = fractal_noise(n, size, sampler.generator).flatten(2) * uniform(.3, 3, 1, 1)
     detail = slope + uniform(.05, .5, 1, 1) * noise.tanh()
     return (uniform(.1, .9, 3, 1) + textured * detail).view(n, 3, size, size), textured
 
 class LayerMotion:
     """v -> s + A v / (1 + g v) and a smooth bending, v from the layer's centre: affine, perspective
     and two waves. pace (n, 1, 1) makes some scenes slow; camera: (shift, turn, zoom) of them."""
-    def __init__(self, random, pace, camera, textured, is_background):
-        size, uniform, (shift, turn, zoom) = random.size, random.uniform, camera
-        own = pace * random.chance(.3 if is_background else .7)
-        s = shift * uniform(.5, 1.5, 1, 1) + own * random.shift(.2)     # nearer or farther
+    def __init__(self, sampler, pace, camera, textured, is_background):
+        size, uniform, (shift, turn, zoom) = sampler.size, sampler.uniform, camera
+        own = pace * sampler.chance(.3 if is_background else .7)
+        s = shift * uniform(.5, 1.5, 1, 1) + own * sampler.shift(.2)    # nearer or farther
         turn = turn + own * uniform(-.7, .7, 1, 1) ** 3
         zoom = (zoom + own * uniform(-.5, .5, 1, 1) ** 3).exp()
         A = zoom * rotation(turn) + own * uniform(-.4, .4, 2, 2) ** 3
@@ -310,7 +310,8 @@ class LayerMotion:
         length, theta = size * uniform(.3, 2, 2, 1), uniform(0, 2 * math.pi, 2, 1)
         self.k = 2 * math.pi / length * direction(theta)                # the waves' vectors
         # a slope below 0.4, so that the bending can be inverted
-        self.bend = pace * .2 * length.mT / (2 * math.pi) * uniform(-1, 1, 2, 2) * random.chance(.4)
+        amplitude = pace * .2 * length.mT / (2 * math.pi)
+        self.bend = amplitude * uniform(-1, 1, 2, 2) * sampler.chance(.4)
         if is_background:                       # a plain background's motion cannot be seen
             s, g, self.bend = s * textured, g * textured, self.bend * textured
             A = torch.where(textured, A, torch.eye(2))
@@ -333,8 +334,8 @@ class LayerMotion:
 
 class Outline:
     """A layer's shape: a body of uneven radius in stretched coordinates, or a polygon."""
-    def __init__(self, random):
-        size, uniform, chance = random.size, random.uniform, random.chance
+    def __init__(self, sampler):
+        size, uniform, chance = sampler.size, sampler.uniform, sampler.chance
         stretch = (uniform(-1, 1, 1, 1) * (1 + 1.2 * chance(.2))).exp()     # some are thin
         self.radius, slant = size * uniform(.2, .6, 1, 1) ** 2 + 1, uniform(0, math.pi, 1, 1)
         self.axes = torch.cat([stretch, 1 / stretch], 1) * rotation(slant).mT
@@ -355,34 +356,34 @@ class Outline:
                                planes.amax(1, keepdim=True))
         return (.5 - distance).clamp(0, 1) * self.present
 
-def photographic_effects(random, frames):
+def photographic_effects(sampler, frames):
     """Light and contrast change in frame 2, blur, noise: frames (2, n, 3, size, size) in [0, 1]."""
-    size, uniform, chance = random.size, random.uniform, random.chance
+    size, uniform, chance = sampler.size, sampler.uniform, sampler.chance
     lit = chance(.4).unsqueeze(-1)
     uneven = F.interpolate(uniform(-.2, .2, 1, 2, 2), (size, size), mode="bilinear")
     gain = (uniform(-.2, .2, 1, 1, 1) + uneven * chance(.4).unsqueeze(-1)) * lit
     frames[1] = frames[1].clamp(min=0) ** (uniform(-.2, .2, 1, 1, 1) * lit).exp() * gain.exp()
-    if torch.rand((), generator=random.generator) < .25:
+    if torch.rand((), generator=sampler.generator) < .25:
         frames = F.avg_pool2d(F.pad(frames.flatten(0, 1), (1, 1, 1, 1), mode="replicate"), 3, 1) \
             .view_as(frames)
     noise = uniform(-.04, .05, 1, 1, 1).clamp(min=0)
-    return (frames + noise * torch.randn(frames.shape, generator=random.generator)).clamp(0, 1)
+    return (frames + noise * torch.randn(frames.shape, generator=sampler.generator)).clamp(0, 1)
 
 def flow_scenes(n, size, seed, shapes=6):
     """Scenes with exact flow: frame1, frame2 (n, 3, size, size) in [0, 1], flow (n, 2, size, size).
     A background and up to `shapes` shapes, textures and motions of their own upon the camera's: up
     to a third of the frame, in half of the scenes a tenth of it. Flow is the front layer's."""
-    random, side = SceneSampler(n, size, seed), torch.arange(size) + .5
+    sampler, side = SceneSampler(n, size, seed), torch.arange(size) + .5
     points = torch.stack(torch.meshgrid(side, side, indexing="xy")).flatten(1)          # (2, P)
     frames, flow = torch.zeros(2, n, 3, size * size), torch.zeros(n, 2, size * size)
-    pace = torch.where(random.chance(.5), .1, 1.)       # fractions of a pixel must be learned too
+    pace = torch.where(sampler.chance(.5), .1, 1.)      # fractions of a pixel must be learned too
     camera = [pace * part for part in (
-        random.shift(.25), *random.uniform(-.45, .45, 2, 1, 1).pow(3).unbind(1))]
+        sampler.shift(.25), *sampler.uniform(-.45, .45, 2, 1, 1).pow(3).unbind(1))]
     for layer in range(shapes + 1):                     # from the background to the front
-        picture, textured = sample_texture(random, points)
-        motion = LayerMotion(random, pace, camera, textured, layer == 0)
-        outline = Outline(random)
-        scale, where = random.uniform(.6, 1.2, 1, 1), random.uniform(-.5, .5, 2, 1)
+        picture, textured = sample_texture(sampler, points)
+        motion = LayerMotion(sampler, pace, camera, textured, layer == 0)
+        outline = Outline(sampler)
+        scale, where = sampler.uniform(.6, 1.2, 1, 1), sampler.uniform(-.5, .5, 2, 1)
         first = points - motion.centre
         for i, v in enumerate((first, motion.backward(first))):
             at = (v + motion.centre) * (2 * scale / size) - scale + where
@@ -392,7 +393,7 @@ def flow_scenes(n, size, seed, shapes=6):
             frames[i].lerp_(paint, cover)
             if i == 0:
                 flow = torch.where(cover >= .5, motion.forward(first) - first, flow)
-    frames = photographic_effects(random, frames.view(2, n, 3, size, size))
+    frames = photographic_effects(sampler, frames.view(2, n, 3, size, size))
     return *frames, flow.view(n, 2, size, size)
 
 def enlarged_crops(frame1, frame2, flow, generator):

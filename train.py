@@ -95,15 +95,20 @@ def rng(*key):
 
 # ---------------------------------------------------------------- a run and its folder
 
+def cause_of(error):
+    """What reading or writing a checkpoint failed by: DCP wraps every exception, even Ctrl-C's."""
+    cause = next((cause for cause, _ in getattr(error, "failures", {}).values()), error)
+    if isinstance(cause, KeyboardInterrupt):
+        raise cause from None
+    return cause
+
 def load_checkpoint(state, path, alone=False):
     """Reads the tensors of `state` from a checkpoint's folder, with all processes or alone."""
     try:
         dcp.load(state, checkpoint_id=path, no_dist=alone)
     except (Exception, dcp.CheckpointException) as error:       # which is no Exception
-        cause = next((cause for cause, _ in getattr(error, "failures", {}).values()), error)
-        if isinstance(cause, KeyboardInterrupt):
-            raise cause from None
-        raise ValueError(f"{path}: cannot be read; delete if damaged ({cause!r:.200})") from None
+        reason = repr(cause_of(error))[:200]
+        raise ValueError(f"{path}: cannot be read; delete if damaged ({reason})") from None
 
 def refuse_changes(path, before, settings):
     """ValueError where something was begun with other settings than these."""
@@ -133,30 +138,24 @@ class Run:
 
     def check(self):
         """ValueError for what would fail later, before anything is written."""
-        args, settings, tae = self.args, self.out / "settings.json", self.out / "tae.pt"
-        if not tae.exists() and (self.out / "latents/manifest.json").exists():
+        args, settings_file, tae_file = self.args, self.out / "settings.json", self.out / "tae.pt"
+        if not tae_file.exists() and (self.out / "latents/manifest.json").exists():
             raise ValueError(f"{self.out}: its latents are there without tae.pt, which made them: "
                              "delete latents/ and the checkpoints that came after it")
-        if self.stages[0] not in ("tae", "raft") and not (args.init or tae.exists()):
+        if self.stages[0] not in ("tae", "raft") and not (args.init or tae_file.exists()):
             raise ValueError(f"{self.out}: has no tae yet, run --stage tae first")
         for stage in self.stages:
             self.hyperparameters(stage)
-        if settings.is_file() and any(self.out.glob("*/*")):
-            refuse_changes(self.out, read_json(settings), self.settings)
-        self.check_data()
+        if settings_file.is_file() and any(self.out.glob("*/*")):
+            refuse_changes(self.out, read_json(settings_file), self.settings)
         if not args.init or args.stage == "raft":               # raft's --init is RAFT's weights
             return
         preset, self.given_tae, self.given = read_model_file(args.init)
         if dataclasses.replace(preset, **self.choices) != self.preset:
             raise ValueError(f"--init {args.init}: of another size than the preset {args.preset}")
         # so that latents always are of tae.pt
-        if tae.exists() and read_tensors(tae, "tae")["origin"] != f"--init {args.init}":
+        if tae_file.exists() and read_tensors(tae_file, "tae")["origin"] != f"--init {args.init}":
             raise ValueError(f"--init {args.init}: {self.out} has another TAE, take another --out")
-
-    def check_data(self):
-        """ValueError where --data names no folder."""
-        if self.args.data and not Path(self.args.data).is_dir():
-            raise ValueError(f"--data {self.args.data}: no such folder")
 
     def create(self):
         """Makes the run's folder."""
@@ -183,16 +182,17 @@ class Run:
     def hyperparameters(self, stage):
         """(steps, learning rate, batch over all GPUs): the flags, else as begun, else DEFAULTS."""
         args, status = self.args, self.last(stage)[1]
-        row = DEFAULTS[args.preset].get("jam" if stage == "control" else stage, RAFT_DEFAULTS)
+        before = DEFAULTS[args.preset].get("jam" if stage == "control" else stage, RAFT_DEFAULTS)
         if begun := status or stage == "control" and self.last("jam")[1]:
-            row = begun["of"], begun["lr"], begun["batch"]
+            before = begun["of"], begun["lr"], begun["batch"]
         if stage == "encode" and (manifest := self.out / "latents/manifest.json").exists():
-            row = read_json(manifest, "clips")["clips"], *row[1:]
-        is_own = stage != "encode" or args.stage == "encode"    # encode's batch is each GPU's
-        steps, lr = args.steps or row[0], args.lr or row[1]
-        batch = args.batch if is_own and args.batch else row[2]
+            before = read_json(manifest, "clips")["clips"], *before[1:]
+        is_meant = stage != "encode" or args.stage == "encode"  # encode's batch is each GPU's
+        steps, lr = args.steps or before[0], args.lr or before[1]
+        batch = args.batch if is_meant and args.batch else before[2]
         parts = world_size() * args.accumulate
-        unit = 8 * parts if stage == "raft" and parts > 1 else parts    # 1/8 where frames are large
+        # RAFT's pairs of 384 px are an eighth of the batch, and each part needs one
+        unit = 8 * parts if stage == "raft" and parts > 1 else parts
         if stage != "encode" and steps > status.get("step", 0):
             check_batch(stage, batch, unit, "processes x --accumulate" + " x 8" * (unit > parts))
         return steps, lr, batch
@@ -218,9 +218,9 @@ class Run:
 
     def last(self, stage):
         """Folder and status of a stage's last complete checkpoint; or None and {}."""
-        for path in self.complete(stage)[-1:]:
-            return path, read_json(path / "status.json", "step", "of", "lr", "batch")
-        return None, {}
+        if not (paths := self.complete(stage)):
+            return None, {}
+        return paths[-1], read_json(paths[-1] / "status.json", "step", "of", "lr", "batch")
 
     def finished(self, stage):
         """Folder and step of a finished stage's checkpoint. ValueError if it is not finished."""
@@ -242,8 +242,8 @@ class Run:
                 write_text(path / "status.json", json.dumps({"step": step, **status}))
         except (OSError, ValueError, RuntimeError, dcp.CheckpointException) as error:
             shutil.rmtree(path, ignore_errors=True)
-            raise ValueError(f"cannot write {path}: {one_line(str(error)[-200:])}; the checkpoint "
-                             f"of step {self.last(stage)[1].get('step', 0)} is whole") from None
+            raise ValueError(f"cannot write {path}: {one_line(cause_of(error))}; the checkpoint of "
+                             f"step {self.last(stage)[1].get('step', 0)} is whole") from None
         barrier()                               # until its status is there
         if rank() == 0:
             for old in {*path.parent.glob(f"{stage}-*")} - {*self.complete(stage)[-2:]}:
@@ -291,8 +291,8 @@ class Run:
                 print0(f"control is left out of model.pt: it has {control}, jam {jam}")
                 del dits["control"]
             write_model_file(self.out / "model.pt", self.preset, self.tae(), dits)
-            print0(f"python sample.py --run {self.out} --which {next(iter(dits))} "
-                   + shlex.quote(self.dataset.example))
+            print0(shlex.join(["python", "sample.py", "--run", str(self.out), "--which",
+                               next(iter(dits)), self.dataset.example]))
         barrier()
 
 # ---------------------------------------------------------------- on one GPU or many
@@ -323,16 +323,20 @@ def distribute(model, run):
             fsdp.fully_shard(layer, mesh=mesh, mp_policy=policy)
     return model
 
+def placed_like(whole, weight):
+    """A whole tensor on the weight's device and in its dtype; in shards where the weight is."""
+    whole = whole.to(weight.device, weight.dtype)
+    if isinstance(weight, DTensor):
+        return distribute_tensor(whole, weight.device_mesh, weight.placements)
+    return whole
+
 @torch.no_grad()
 def load_weights(weights, source):
     """Fills {name: weight}, whole or sharded, from {name: whole tensor} or a checkpoint's path."""
     if not isinstance(source, dict):
         return load_checkpoint({"ema": weights}, source)
     for name, weight in weights.items():
-        whole = source[name].to(weight.device, weight.dtype)
-        if isinstance(weight, DTensor):
-            whole = distribute_tensor(whole, weight.device_mesh, weight.placements)
-        weight.copy_(whole)
+        weight.copy_(placed_like(source[name], weight))
 
 # ---------------------------------------------------------------- one loop for every stage
 
@@ -470,7 +474,8 @@ def train_loop(run, stage):
                 run.log(stage=name, step=step, lr=trainer.rate, **summary)
                 bar.set_postfix({key: value for key, value in summary.items() if "bins" not in key},
                                 waits=f"{ahead.waited / (time.time() - began):.0%}")
-            if show or stopping or late and not reports:    # so that a kill loses no report
+            # a late one waits until the losses are logged, so that a run that resumes loses none
+            if show or stopping or late and not reports:
                 start = time.time()
                 run.save(name, step, trainer.state(), of=steps, **trainer.settings, **stage.notes)
                 next_save = time.time() + max(CHECKPOINT_SECONDS, 20 * (time.time() - start))
@@ -563,10 +568,10 @@ def read_manifest(run, clips=None):
     return content["shards"], [key for key in keys if json.dumps(key) not in known]
 
 def encode_shard(run, tae, path, batches):
-    """Writes path.x.npy, path.d.npy and path.json of one shard, from (keys, what was read)."""
+    """Writes path.x.npy, path.d.npy, path.json of one shard, from (shard, keys, what was read)."""
     x, d = ([np.zeros((0, *run.preset.latent_shape()), np.float16)] for _ in range(2))
     content = {"keys": [], "captions": [], "skipped": {}}
-    for keys, (video, captions, extra, skipped) in batches:
+    for _, keys, (video, captions, extra, skipped) in batches:
         if len(video):
             video = video.to(run.device)
             motion = run.dataset.motion(video, extra)
@@ -590,18 +595,16 @@ def encode(run):
         shards += [new[i:i + SHARD] for i in range(0, len(new), SHARD)]
         write_text(folder / "manifest.json", json.dumps({"clips": clips, "shards": shards}))
     barrier()
-    shards, _ = read_manifest(run)
+    shards = read_json(folder / "manifest.json", "shards")["shards"]
     missing = [s for s in range(len(shards)) if not (folder / f"{s:06d}.json").exists()]
     barrier()                                   # all have looked before any shard is made
     print0(f"encode: {sum(map(len, shards))} clips in {len(shards)} shards, {len(missing)} to do")
-    parts = {s: [shards[s][i:i + batch] for i in range(0, len(shards[s]), batch)]
-             for s in missing[rank()::world_size()]}
-    prefetcher = Prefetcher(dataset.read, itertools.chain(*parts.values()), run.args.workers)
-    with tqdm(prefetcher, total=sum(map(len, parts.values())), desc="encode", unit="batch",
-              disable=rank() > 0) as batches:
-        read = iter(batches)
-        for s, keys in parts.items():
-            encode_shard(run, tae, folder / f"{s:06d}", zip(keys, read))
+    parts = [(s, shards[s][i:i + batch]) for s in missing[rank()::world_size()]
+             for i in range(0, len(shards[s]), batch)]
+    read = Prefetcher(lambda part: (*part, dataset.read(part[1])), parts, run.args.workers)
+    with tqdm(read, "encode", len(parts), unit="batch", disable=rank() > 0) as batches:
+        for s, of_shard in itertools.groupby(batches, lambda batch: batch[0]):
+            encode_shard(run, tae, folder / f"{s:06d}", of_shard)
     barrier()
     latents = Latents(folder, dataset)
     print_skipped(latents.skipped)
@@ -614,12 +617,9 @@ def encode(run):
 def motion_lr_scale(model, C):
     """Factors on the learning rate of W_in and W_out: MOTION_LR_SCALE for what add_motion added.
     Muon's steps have one size, so zero rows would stay small for long. (Not in the paper.)"""
-    scale = {}
-    for weight, axis in ((model.W_in.weight, 1), (model.W_out.weight, 0)):
-        factors = torch.where(new_entries(weight, axis, C, channel_last=True), MOTION_LR_SCALE, 1.)
-        scale[weight] = torch.empty_like(weight)
-        load_weights({"scale": scale[weight]}, {"scale": factors})
-    return scale
+    return {weight: placed_like(torch.where(
+                new_entries(weight, axis, C, channel_last=True), MOTION_LR_SCALE, 1.), weight)
+            for weight, axis in ((model.W_in.weight, 1), (model.W_out.weight, 0))}
 
 class DiTStage:
     """base, jam and control: the same data, the same noise; jam alone has d beside x."""
@@ -633,7 +633,8 @@ class DiTStage:
             print0(f"{name}: {long} captions of more than {self.max_bytes} bytes are cut")
         # all steps have texts of one length, so that nothing is compiled again in the middle
         self.text_length = max(len(token_row(caption, self.max_bytes)) for caption in captions)
-        self.stream = "base" if name == "base" else "fine-tuning"   # the control sees what jam sees
+        # key of the random numbers: jam and control share it, and so see the same clips and noise
+        self.stream = "base" if name == "base" else "fine-tuning"
         self.batch = run.hyperparameters(name)[2]
         source, origin = self.starting_point()
         self.settings = {"origin": origin, "uniform_t": args.uniform_t, "t_shift": args.t_shift,
@@ -873,8 +874,11 @@ def parse():
     flag("--tflops", type=positive, default=400, help="dry run: sustained by a GPU")
     args = parser.parse_args()
     args.data = args.data and str(Path(args.data).resolve())
+    if args.data and not Path(args.data).is_dir():
+        raise ValueError(f"--data {args.data}: no such folder")
     raft, toy = args.stage == "raft", args.preset == "toy"
-    if raft and not 3 <= (args.batch or 8) <= 256:              # beyond are the held-out clips
+    # fewer than 3 have no sprite; the sprites of more than 256 would come to the held-out seeds
+    if raft and not 3 <= (args.batch or 8) <= 256:
         raise ValueError("raft takes --batch from 3 to 256")
     if args.data and (args.appearance is not None or args.target != "flow"):
         raise ValueError("--appearance and --target are of the sprite world: not with --data")
@@ -915,7 +919,8 @@ def main():
     if dist.is_initialized():
         dist.destroy_process_group()
         # end here: torch 2.13's gloo threads may abort a process that winds down
-        sys.stdout.flush(), sys.stderr.flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(0)
 
 if __name__ == "__main__":

@@ -135,7 +135,6 @@ class WanRun(train.Run):
         self.settings |= {name: vars(args)[name] for name in SETTINGS}
         if args.command == "train" and (path := self.out / "settings.json").is_file():
             train.refuse_changes(self.out, read_json(path), self.settings)
-        self.check_data()
         vae = load(AutoencoderKLWan, args.model, subfolder="vae", dtype=torch.float32)
         self.vae, C = TAE(vae).to(self.device), vae.config.z_dim
         self.preset = SimpleNamespace(

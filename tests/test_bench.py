@@ -90,9 +90,14 @@ def test_premise_trains_and_judges_each_world_once(model_folder, run, tmp_path, 
         video, _ = e.models[which].generate(e.captions, 1, w1, seed=bench.HELD_OUT, batch=50,
                                             emulated=emulated)
         assert section["runs"][2][2][0]["scores"][name] == metrics.score_clips(video, e.scenes)
-    # judged anew when it was trained on, but not without all models
-    write_model_file(tmp_path / "out/0-flow-7/model.pt", preset, tae, {"jam": dits["jam"]})
-    os.utime(tmp_path / "out/0-flow-7/model.pt", (later := time.time() + 9, later))
+    # judged anew when it was trained on, not when its file is written again; and with all models
+    world = tmp_path / "out/0-flow-7"
+    write_model_file(world / "model.pt", preset, tae, {"jam": dits["jam"]})
+    os.utime(world / "model.pt", (later := time.time() + 9, later))
+    assert not run(bench.main, *flags)[0] and len(trained) == 5
+    (world / "checkpoints/jam-2").mkdir(parents=True)
+    (status := world / "checkpoints/jam-2/status.json").write_text("{}")
+    os.utime(status, (later, later))
     monkeypatch.setattr(bench.subprocess, "run", lambda command: Mock(returncode=0))
     assert "0-flow-7: has no base, control to compare with" in run(bench.main, *flags)[2]
 

@@ -2,6 +2,7 @@
 import functools
 import os
 from pathlib import Path
+from unittest.mock import Mock
 
 import imageio.v3 as iio
 import pytest
@@ -130,6 +131,11 @@ def test_words_that_a_model_cannot_know_are_named(draw, model_folder, capfd):
     (model_folder / "videos.json").write_text('{"a.mp4": {"caption": "a cat", "frames": 9}}')
     assert hint + "'a cat'" in draw("a dog runs")[1]
     (model_folder / "videos.json").unlink()
+
+def test_a_missing_ffmpeg_is_said_before_anything_is_drawn(refuses, model_folder, monkeypatch):
+    monkeypatch.setattr(sample, "ffmpeg", Mock(side_effect=OSError("no ffmpeg: pip install it")))
+    monkeypatch.setattr(VideoJAM, "generate", None)
+    assert "no ffmpeg: pip" in refuses(sample.main, PROMPT, "--run", model_folder)
 
 def test_shipped_weights_are_the_default(run):
     code, said, err = run(sample.main, "a red square moves left", "--motion", "--steps", 4,
