@@ -474,13 +474,13 @@ def html_page(out, sections, fps):
 
 EXPERIMENTS = {"motivation": motivation, "compare": compare, "ablation": ablation, "sdedit": sdedit}
 def parse():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     flag = parser.add_argument
     flag("experiment", nargs="?", choices=[*EXPERIMENTS, "premise", "metrics"],
          help="default: all but premise and metrics")
     flag("folder", nargs="?", type=nonempty, help="metrics: of videos")
     flag("--run", type=nonempty, help="folder of a training run; default: the shipped weights")
-    flag("--n", type=positive_int, help="prompts (default: 50, 16 with --quick)")
+    flag("--n", type=positive_int, help="how many prompts (default: 50, 16 with --quick)")
     flag("--seeds", type=positive_int, default=1,
          help="compare, ablation, premise: samples of each prompt, which are averaged")
     flag("--steps", type=positive_int, help="of the sampler (default: 100, 25 with --quick; "

@@ -28,7 +28,11 @@ logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)     # it warns of ev
 # ---------------------------------------------------------------- errors: one line, exit code 2
 
 class Parser(argparse.ArgumentParser):
-    """Its errors are ValueErrors, so that `report_errors` prints them on one line."""
+    """-h shows a script's docstring too. Errors are ValueErrors, which `report_errors` prints on
+    one line."""
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
     def error(self, message):
         raise ValueError(f"{message} (-h shows all flags)")
 

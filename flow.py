@@ -300,13 +300,13 @@ def render_flow(raft, path, target, chunk=16):
     print(f"{target}: mean {mean:.3f} px, largest {largest:.2f} px a frame")
 
 def main():
-    parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("video", nargs="?", type=Path, help="a video file")
+    parser = Parser(__doc__)
+    parser.add_argument("video", type=Path, help="a video file")
     parser.add_argument("--out", type=Path, help=".mp4 to write (default: VIDEO-flow.mp4)")
     parser.add_argument("--weights", default=ROOT / "weights/raft.pt", help="RAFT-small's weights")
     args = parser.parse_args()
-    if not args.video or not args.video.is_file():
-        raise ValueError(f"{args.video or 'no video'}: no such file")
+    if not args.video.is_file():
+        raise ValueError(f"{args.video}: no such file")
     target = args.out or args.video.with_name(f"{args.video.stem}-flow.mp4")
     if target.resolve() == args.video.resolve():
         raise ValueError(f"{target}: is the video itself, --out names another file")

@@ -23,7 +23,7 @@ from synthetic import sprite_scene
 from videojam import GUIDANCE, WITHOUT_MOTION, VideoJAM, read_model_file, weights_path
 
 def parse():
-    parser = Parser(description="Samples videos (and their motion) from prompts.")
+    parser = Parser(__doc__)
     flag = parser.add_argument
     flag("prompt", nargs="*", help="what a video shows; several make several videos")
     flag("--prompts", metavar="FILE", help="a text file of prompts, one a line")
@@ -35,7 +35,8 @@ def parse():
     flag("--seed", type=seed, default=0, help="of the first sample's noise")
     flag("--steps", type=positive_int, default=100)
     flag("--emulated", type=positive_int,
-         help="steps are 1/EMULATED at first (default: the model's; the paper's may be 1000)")
+         help="steps are 1/EMULATED long at first: with fewer, motion "
+         "guidance acts later (default: the model's; the paper's may be 1000)")
     flag("--w1", type=guidance_scale, help="text guidance (default: the model's; the paper's is 5)")
     flag("--w2", type=guidance_scale, default=3, help="motion guidance (default %(default)s)")
     flag("--guidance", choices=GUIDANCE, help="default: inner (Eq. 8); without motion cfg")

@@ -3,7 +3,7 @@
     python train.py                             the sprite world, every stage
     python train.py --data FOLDER               own videos: find_videos in data.py says how
     python train.py --stage jam --steps 5000    one stage; a finished stage gets longer
-    python train.py --stage raft                RAFT, from nothing, on scenes with exact flow
+    python train.py --stage raft                RAFT, from nothing: runs/raft/raft.pt
     python train.py --init weights/toy.pt --clutter .2 --t-shift 1 --out runs/more  from the shipped
     torchrun --nproc_per_node=8 train.py --preset 4b --accumulate 4 --data FOLDER   on many GPUs
     python train.py --preset 30b --gpus 256 --dry-run                   what that would take
@@ -840,7 +840,7 @@ def dry_run(args):
 # ---------------------------------------------------------------- command line
 
 def parse():
-    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser = Parser(__doc__)
     flag, switch = parser.add_argument, argparse.BooleanOptionalAction
     flag("--preset", default="toy", choices=list(PRESETS), help="sizes of the models")
     flag("--data", type=nonempty, help="folder of videos; default: the sprite world")
@@ -856,7 +856,8 @@ def parse():
          "and of scenes with several sprites (default 0; the shipped weights': 0.2)")
     flag("--appearance", type=fraction,
          help=f"sprite world: loudness of the field behind sprites (default {APPEARANCE})")
-    flag("--target", default="flow", choices=TARGETS, help="sprite world: what d shows")
+    flag("--target", default="flow", choices=TARGETS,
+         help="sprite world: what is predicted with the video; all but flow are controls")
     flag("--uniform-t", action=switch, help="t: uniform (the toy's default) or logit-normal")
     flag("--t-shift", type=positive, help="above 1: more t near noise (default: the toy 3, else 1)")
     flag("--motion-dropout", type=fraction, default=.2, help="jam: share of samples without motion")

@@ -291,8 +291,7 @@ def sample_videos(own, flags):
 def main():
     logging.set_verbosity_error()           # diffusers': our errors are one line
     logging.disable_progress_bar()
-    parser = Parser(description=__doc__.splitlines()[0],
-                    epilog="and the flags of train.py or sample.py")
+    parser = Parser(__doc__)
     flag = parser.add_argument
     flag("command", choices=("train", "sample"))
     flag("--model", default="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", help="folder, or the hub's name")

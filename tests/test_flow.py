@@ -173,7 +173,7 @@ def test_bad_input_is_one_line(tmp_path, refuses, monkeypatch):
     assert "b.mp4: no such file" in refuses(script.main, tmp_path / "b.mp4")
     assert "no such file" in refuses(script.main, "/")
     assert "-h shows all flags" in refuses(script.main, path, "--nonsense")
-    assert "no video: no such file" in refuses(script.main)
+    assert "are required: video" in refuses(script.main)
     for out, complaint in (("nowhere/a.mp4", "cannot be written"), (path, "is the video itself")):
         assert f"{out}: {complaint}, --out names" in refuses(script.main, path, "--out", out)
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.R_OK)           # root may
