@@ -238,7 +238,7 @@ def set_activation_checkpointing(model, on):
 class DiT(nn.Module):
     """Eq. 4: u(x_t, y, t) = M(x_t W_in, y, t) W_out. x (B, C, T', H', W'), t (B,) or a scalar,
     tokens (B, L) -> u of x's shape. After add_motion, x and u have 2C channels, [x, d]."""
-    def __init__(self, config=DiTConfig()):
+    def __init__(self, config):
         super().__init__()
         self.config = c = config
         patch_dim = (1 + c.motion) * c.channels * c.patch ** 2
@@ -526,7 +526,7 @@ class Upsample(nn.Module):
 class TAE(nn.Module):
     """Temporal Auto-Encoder: (B, T, 3, H, W) <-> (B, C, T', H', W'), T' = ceil(T / time), H' = H /
     space. Videos and RGB flow (motion=True) have a whitening each: see `fit_whitening`."""
-    def __init__(self, config=TAEConfig()):
+    def __init__(self, config):
         super().__init__()
         self.config, w, C, rgb = config, config.widths, config.channels, 3 * config.patch ** 2
         levels = [[ResBlock(width) for _ in range(config.blocks)] for width in w]
@@ -747,7 +747,7 @@ class VideoJAM:
         self.config, self.tae, self.dit = config, tae.eval(), dit.eval()
 
     @classmethod
-    def load(cls, path=ROOT / "weights/toy.pt", which="jam", device="cpu"):
+    def load(cls, path=weights_path(None), which="jam", device="cpu"):
         """The model file at `path` with the DiT `which`, in fp32. ValueError for any other file."""
         config, tae, dits = read_model_file(path)
         if which not in dits:
