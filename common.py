@@ -208,7 +208,7 @@ def check_video(path, frames):
 def write_mp4(path, frames, fps):
     """Writes frames (H, W, 3) uint8, an array or a generator, to a temporary path."""
     ffmpeg()
-    count = itertools.count()                   # zip takes one number a frame
+    count = itertools.count()                   # zip takes one a frame: the next is how many
     iio.imwrite(path, (frame for frame, _ in zip(frames, count)), plugin="FFMPEG", is_batch=True,
                 fps=fps, macro_block_size=2, output_params=["-crf", "12"], ffmpeg_log_level="quiet")
     check_video(path, next(count))

@@ -35,8 +35,8 @@ def parse():
     flag("--seed", type=seed, default=0, help="of the first sample's noise")
     flag("--steps", type=positive_int, default=100)
     flag("--emulated", type=positive_int,
-         help="steps are 1/EMULATED long at first: with fewer, motion "
-         "guidance acts later (default: the model's; the paper's may be 1000)")
+         help="steps are 1/EMULATED long at first: with a smaller number "
+         "motion guidance acts up to a larger t (default: the model's; the paper's may be 1000)")
     flag("--w1", type=guidance_scale, help="text guidance (default: the model's; the paper's is 5)")
     flag("--w2", type=guidance_scale, default=3, help="motion guidance (default %(default)s)")
     flag("--guidance", choices=GUIDANCE, help="default: inner (Eq. 8); without motion cfg")
@@ -97,14 +97,14 @@ def output_files(args, prompts):
         if len(set(map(file_stem, prompts))) < len(prompts):
             raise ValueError("two prompts have the same first 180 bytes, and so the same file name")
         return [out / f"{file_stem(prompt)}-{i}.mp4" for prompt in prompts for i in range(args.n)]
-    files = []
+    files = {}                                  # in order
     for prompt in (prompt for prompt in prompts for _ in range(args.n)):
         stem = file_stem(re.sub(r"[^\w]+", "-", prompt).strip("-")[:60] or "video")
         path, k = out / f"{stem}.mp4", 2
         while path.exists() or path in files:
             path, k = out / f"{stem}-{k}.mp4", k + 1
-        files.append(path)
-    return files
+        files[path] = prompt
+    return list(files)
 
 def write_samples(args, prompts, models):
     """Writes --n samples of each prompt by {name: VideoJAM} side by side; motion is the last's."""

@@ -3,7 +3,7 @@
     python train.py                             the sprite world, every stage
     python train.py --data FOLDER               own videos: find_videos in data.py says how
     python train.py --stage jam --steps 5000    one stage; a finished stage gets longer
-    python train.py --stage raft                RAFT, from nothing: runs/raft/raft.pt
+    python train.py --stage raft                RAFT: copy runs/raft/raft.pt into weights/
     python train.py --init weights/toy.pt --clutter .2 --t-shift 1 --out runs/more  from the shipped
     torchrun --nproc_per_node=8 train.py --preset 4b --accumulate 4 --data FOLDER   on many GPUs
     python train.py --preset 30b --gpus 256 --dry-run                   what that would take
@@ -182,14 +182,14 @@ class Run:
     def hyperparameters(self, stage):
         """(steps, learning rate, batch over all GPUs): the flags, else as begun, else DEFAULTS."""
         args, status = self.args, self.last(stage)[1]
-        before = DEFAULTS[args.preset].get("jam" if stage == "control" else stage, RAFT_DEFAULTS)
+        default = DEFAULTS[args.preset].get("jam" if stage == "control" else stage, RAFT_DEFAULTS)
         if begun := status or stage == "control" and self.last("jam")[1]:
-            before = begun["of"], begun["lr"], begun["batch"]
+            default = begun["of"], begun["lr"], begun["batch"]
         if stage == "encode" and (manifest := self.out / "latents/manifest.json").exists():
-            before = read_json(manifest, "clips")["clips"], *before[1:]
-        is_meant = stage != "encode" or args.stage == "encode"  # encode's batch is each GPU's
-        steps, lr = args.steps or before[0], args.lr or before[1]
-        batch = args.batch if is_meant and args.batch else before[2]
+            default = read_json(manifest, "clips")["clips"], *default[1:]
+        is_named = stage != "encode" or args.stage == "encode"  # encode's batch is each GPU's
+        steps, lr = args.steps or default[0], args.lr or default[1]
+        batch = args.batch if is_named and args.batch else default[2]
         parts = world_size() * args.accumulate
         # RAFT's pairs of 384 px are an eighth of the batch, and each part needs one
         unit = 8 * parts if stage == "raft" and parts > 1 else parts
@@ -603,7 +603,7 @@ def encode(run):
              for i in range(0, len(shards[s]), batch)]
     read = Prefetcher(lambda part: (*part, dataset.read(part[1])), parts, run.args.workers)
     with tqdm(read, "encode", len(parts), unit="batch", disable=rank() > 0) as batches:
-        for s, of_shard in itertools.groupby(batches, lambda batch: batch[0]):
+        for s, of_shard in itertools.groupby(batches, lambda part: part[0]):
             encode_shard(run, tae, folder / f"{s:06d}", of_shard)
     barrier()
     latents = Latents(folder, dataset)
