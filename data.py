@@ -38,6 +38,7 @@ SUFFIXES = {f".{name}" for name in (
     "ogv 3gp 3g2 mxf dv y4m nut ivf mjpeg h264 hevc rm").split()}
 SYSTEM_FOLDERS = {"__macosx", "@eadir", "#recycle", "#snapshot", "$recycle.bin", "recycler",
                   "system volume information", "lost+found"}      # and what begins with a dot
+EXAMINED_BETWEEN_WRITES = 1000      # videos
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 CAPTION_FILES = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")
 
@@ -246,6 +247,8 @@ class Folder:
                 elif name in listing:
                     name, one = f"{name} (row {row})", {"reason": "listed twice"}
                 listing[name] = one
+                if row % EXAMINED_BETWEEN_WRITES == 0:      # an interrupted run looks at them once
+                    write_text(path, json.dumps({**before, **listing}))
         for other in sorted(set(video_files(self.folder)) - {name for name, _ in found}):
             listing[other] = {"reason": f"not in {layout}"}
         write_text(path, json.dumps(listing, indent=1))

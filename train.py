@@ -148,14 +148,17 @@ class Run:
             self.hyperparameters(stage)
         if settings_file.is_file() and any(self.out.glob("*/*")):
             refuse_changes(self.out, read_json(settings_file), self.settings)
-        if not args.init or args.stage == "raft":               # raft's --init is RAFT's weights
-            return
-        preset, self.given_tae, self.given = read_model_file(args.init)
-        if dataclasses.replace(preset, **self.choices) != self.preset:
-            raise ValueError(f"--init {args.init}: of another size than the preset {args.preset}")
-        # so that latents always are of tae.pt
-        if tae_file.exists() and read_tensors(tae_file, "tae")["origin"] != f"--init {args.init}":
-            raise ValueError(f"--init {args.init}: {self.out} has another TAE, take another --out")
+        if args.stage == "raft" and args.init:                  # raft's --init is RAFT's weights
+            RAFT.load(args.init)
+        elif args.init:
+            preset, self.given_tae, self.given = read_model_file(args.init)
+            if dataclasses.replace(preset, **self.choices) != self.preset:
+                raise ValueError(f"--init {args.init}: of another size than the preset "
+                                 f"{args.preset}")
+            origin = read_tensors(tae_file, "tae")["origin"] if tae_file.exists() else None
+            if origin not in (None, f"--init {args.init}"):     # latents always are of tae.pt
+                raise ValueError(f"--init {args.init}: {self.out} has another TAE, take another "
+                                 "--out")
 
     def create(self):
         """Makes the run's folder."""
@@ -277,9 +280,14 @@ class Run:
 
     def export(self):
         """Writes model.pt: the TAE and every DiT that is finished. A control that did not train
-        like jam (steps, batch, data, ...) is left out: nothing could be concluded from it."""
-        if rank() == 0:
-            last = {stage: self.last(stage) for stage in ("jam", "base", "control")}
+        like jam (steps, batch, data, ...) is left out: nothing could be concluded from it. While a
+        stage is not at its end, model.pt stays as it is: it may hold that stage's shorter DiT."""
+        last = {stage: self.last(stage) for stage in ("jam", "base", "control")}
+        begun = [f"{stage} is at step {status['step']} of {status['of']}"
+                 for stage, (_, status) in last.items() if status and status["step"] < status["of"]]
+        if begun and (self.out / "model.pt").exists():
+            print0(f"model.pt stays as it is: {', '.join(begun)}")
+        elif rank() == 0:
             dits = {stage: self.load_dit(path, stage, torch.float16)
                     for stage, (path, status) in last.items()
                     if path and status["step"] == status["of"]}
@@ -482,7 +490,9 @@ def train_loop(run, stage):
             if show:
                 show_preview(run, stage, step)
             if stopping:
-                raise ValueError(f"stopped at step {step} of {name}: the same command goes on")
+                break
+        if any_rank(run.device, bool(stop))[0]:         # also if it came during the last preview
+            raise ValueError(f"stopped at step {step} of {name}: the same command goes on")
 
 # ---------------------------------------------------------------- stage tae (App. C)
 
@@ -881,8 +891,9 @@ def parse():
     # fewer than 3 have no sprite; the sprites of more than 256 would come to the held-out seeds
     if raft and not 3 <= (args.batch or 8) <= 256:
         raise ValueError("raft takes --batch from 3 to 256")
-    if args.data and (args.appearance is not None or args.target != "flow"):
-        raise ValueError("--appearance and --target are of the sprite world: not with --data")
+    if args.data and (args.appearance is not None or args.target != "flow" or args.clutter):
+        raise ValueError("--appearance, --target and --clutter are of the sprite world: not with "
+                         "--data")
     args.device = device_of(args.device)
     args.precision = {"bf16": torch.bfloat16, "fp32": torch.float32,
                       None: fast_dtype(args.device)}[args.precision]

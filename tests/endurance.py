@@ -156,8 +156,9 @@ def test_2000_files_of_which_one_in_ten_is_broken(tmp_path, monkeypatch, run):
     use_tiny_preset(monkeypatch, steps=1, clips=1)
     for stage in ("tae", "encode"):
         start = time.time()
-        code, printed, err = run(train.main, *train_flags(tmp_path / "run", "--data", folder,
-                                                          "--prepare", 10 ** 5, "--stage", stage))
+        code, printed, err = run(train.main, *train_flags(
+            tmp_path / "run", "--clutter", 0, "--data", folder, "--prepare", 10 ** 5, "--stage",
+            stage))
         assert code == 0, err
         print(f"\n{stage}: {time.time() - start:.0f} s\n{printed}")
     listing = json.loads((tmp_path / "run/videos.json").read_text())

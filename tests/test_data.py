@@ -1,4 +1,5 @@
 """pytest tests/test_data.py: folders of own videos, reading clips, latents, prefetching."""
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -21,6 +22,7 @@ from common import ffmpeg, open_video
 from data import Folder, Latents, Prefetcher, Sprites, read_clip
 from flow import rgb_to_flow
 from synthetic import HELD_OUT, sprite_clips
+from videojam import TAE
 
 CLIPS = ROOT.parent / "shared/clips"
 
@@ -45,7 +47,7 @@ def captioned(folder):
     (folder / "inside/b.txt").write_text("b")
     return folder
 
-def opened(folder, out, preset=TINY, limit=2400, takes_all=False):
+def opened(folder, out, preset=dataclasses.replace(TINY, sigma=.3), limit=2400, takes_all=False):
     out.mkdir(exist_ok=True)
     return Folder(folder, preset, None, out, 2, limit, takes_all)
 
@@ -119,7 +121,7 @@ def test_a_folders_clips_are_those_of_its_videos(folder, tmp_path, capfd):
     for (name, start, _), clip, rgb in zip(keys, video, motion):
         frames = (2 if name.endswith("b.mp4") else 1) * (start + torch.arange(5.))
         torch.testing.assert_close(clip.mean((1, 2, 3)) * 255, 8 * frames, atol=3, rtol=0)
-        seen = rgb_to_flow(rgb)[:, 0]
+        seen = rgb_to_flow(rgb, .3)[:, 0]
         torch.testing.assert_close(seen[:-1], clip[:-1, 0] - .5, atol=.05, rtol=0)
         assert torch.equal(seen[-1], seen[-2])
     (folder / "a.mp4").unlink()                             # while encode was interrupted
@@ -187,6 +189,25 @@ def test_only_changed_videos_are_opened_again(captioned, tmp_path, monkeypatch):
     assert [again[name]["frames"] for name in ("a.mp4", "inside/b.mp4")] == [13, 12]
     slow = opened(captioned, tmp_path / "run", dataclasses.replace(TINY, fps=4)).videos
     assert [slow[name]["frames"] for name in ("a.mp4", "inside/b.mp4")] == [6, 6]
+    write_clip(captioned / "a.mp4", ramp(13)[::-1], 8)          # as long as before, but darkening
+    video, *_ = opened(captioned, tmp_path / "run").read([("a.mp4", 0, 0)])
+    assert (video.mean((0, 2, 3, 4)).diff() < 0).all()
+
+def test_an_interrupted_look_at_a_folder_goes_on(captioned, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "EXAMINED_BETWEEN_WRITES", 1)
+    looked_at, original = [], data.video_seconds
+
+    def seconds(path):
+        looked_at.append(os.path.basename(path))
+        if looked_at[-1] == "b.mp4" and len(looked_at) < 3:
+            raise KeyboardInterrupt
+        return original(path)
+
+    monkeypatch.setattr(data, "video_seconds", seconds)
+    with pytest.raises(KeyboardInterrupt):
+        opened(captioned, tmp_path / "run")
+    assert len(opened(captioned, tmp_path / "run").videos) == 2
+    assert looked_at[2:] == ["b.mp4"]
 
 def test_training_replaces_a_video_that_breaks_off(captioned, tmp_path, monkeypatch):
     original = data.decode
@@ -368,6 +389,16 @@ def test_latents_follow_the_captions_of_now_and_leave_out_lost_clips(captioned, 
     (tmp_path / "run/000001.x.npy").write_bytes(b"")
     with pytest.raises(ValueError, match="x.npy: damaged, delete 000001.json"):
         Latents(tmp_path / "run", dataset).batch([3], 24)
+
+def test_encode_gives_each_clip_its_own_caption_where_others_cannot_be_read(captioned, tmp_path):
+    dataset = opened(captioned, tmp_path / "run", takes_all=True, limit=1)
+    (captioned / "a.mp4").unlink()
+    keys = [("a.mp4", 7, 0), *dataset.keys(1), ("a.mp4", 6, 0)]
+    run = Mock(preset=TINY, dataset=dataset, device=torch.device("cpu"),
+               autocast=contextlib.nullcontext)
+    train.encode_shard(run, TAE(TINY.tae), tmp_path / "run/000000", [(0, keys, dataset.read(keys))])
+    latents = Latents(tmp_path / "run", dataset)
+    assert latents.captions == ["b"] and not latents.changed and [*latents.skipped] == ["a.mp4"]
 
 def test_prefetcher_keeps_the_order_and_works_ahead():
     loaded = []

@@ -1,4 +1,5 @@
 """pytest tests/test_train.py: stages, resuming, several processes, bad input."""
+import contextlib
 import itertools
 import json
 import math
@@ -20,7 +21,8 @@ import synthetic
 import train
 from data import Latents, Sprites
 from train import STAGES
-from videojam import TAE, DiT, Noise, VideoJAM, flow_matching_loss, joint_loss, tokenize
+from videojam import (TAE, DiT, Noise, VideoJAM, flow_matching_loss, joint_loss, sample_noise,
+                      tokenize)
 
 EXPECTED_TIME, SHOW_PREVIEW = train.print_expected_time, train.show_preview
 
@@ -132,9 +134,17 @@ def test_tae_is_the_average_and_its_white_latents_are_made_once(finished, uninte
 
 @pytest.fixture
 def watched(monkeypatch):
-    """train.py's two losses keep what they are called with."""
-    for name in ("joint_loss", "flow_matching_loss"):
+    """train.py's losses keep what they are called with."""
+    for name in ("tae_loss", "joint_loss", "flow_matching_loss"):
         monkeypatch.setattr(train, name, Mock(wraps=getattr(train, name)))
+
+def test_tae_sees_new_clips_in_each_step_and_their_motion(begun, finishes, watched):
+    finishes(begun("tae"), "--stage", "tae", "--steps", 2)
+    seen, dataset = [], Sprites(replace(TINY, appearance=.5), .2)
+    for step in (0, 1):
+        video, _, flow, _ = dataset.training(range(4 * step, 4 * step + 4))
+        seen += video, dataset.motion(video, flow)
+    assert equal([call.args[1] for call in train.tae_loss.call_args_list], seen)
 
 def test_control_sees_what_jam_sees_and_trains_as_it_did(begun, finishes, watched):
     """By the paper's own losses, whatever jam's motion dropout was."""
@@ -151,19 +161,24 @@ def test_control_sees_what_jam_sees_and_trains_as_it_did(begun, finishes, watche
     assert not torch.equal(jam[0].kwargs["noise"].t, jam[1].kwargs["noise"].t)
     # losses of dropped motion are logged apart
     assert all(row["loss_d"] is None and row["loss_d_dropped"] > 1 for row in logged(out, "jam"))
+    finishes(out, "--stage", "jam", "--motion-dropout", 1, "--t-shift", 1e6)    # its own steps, lr
     status = checkpoint(out, "control")
     assert [status[key] for key in ("step", "lr", "batch")] == [2, 2e-3, 2]
     VideoJAM.load(out / "model.pt", "control")
 
 def test_no_two_samples_have_the_same_noise(finished, run_of):
     """Of two seeds, of base and fine-tuning, of two steps, of two places in the batch."""
-    x0, t = [], []
+    x0, x1, t = [], [], []
     for seed, name in itertools.product((0, 1), ("base", "jam")):
         stage = train.DiTStage(run_of(finished, "--seed", seed), name)
         for step in (0, 1):
-            _, _, _, times, noise, *_ = stage.load(step, range(2))
-            x0, t = [*x0, *noise], [*t, *times.tolist()]
+            clips, _, _, times, noise, *_ = stage.load(step, range(2))
+            x0, x1, t = [*x0, *noise], [*x1, clips], [*t, *times.tolist()]
     assert len(torch.stack(x0).flatten(1).unique(dim=0)) == len(set(t)) == 16
+    assert len(torch.stack(x1).flatten(1).unique(dim=0)) == 8       # other clips in each step
+    _, _, _, uniform, noise, *_ = train.DiTStage(run_of(finished, "--uniform-t"), "base").load(
+        0, range(1))
+    assert uniform == sample_noise(noise.shape, train.rng(0, "base", 0, 0), True).t
 
 def test_the_toy_has_its_own_t_and_a_loud_world(monkeypatch):
     for preset, *expected in (("toy", True, 3., .5), ("small", False, 1., .5)):
@@ -213,8 +228,13 @@ def test_stages_begin_as_their_origin_and_jam_with_motion(
     assert not scale
     x1, d1, y, *noise = data = trainer.stage.load(0, range(4))      # Eq. 6, or Eq. 3
     loss, inputs = (joint_loss, (x1, d1)) if name == "jam" else (flow_matching_loss, (x1,))
-    ((mse, _),) = trainer.stage.losses(data)
+    ((mse, report),) = trainer.stage.losses(data)
     torch.testing.assert_close(mse, loss(expected, *inputs, y, noise=Noise(*noise)))
+    each = loss(expected, *inputs, y, noise=Noise(*noise), reduction="channels")
+    torch.testing.assert_close(report["loss_x"], each[:, :4].mean(1))
+    if name == "jam":                                       # whether d was dropped or not
+        loss_d = torch.where(report["loss_d"].isnan(), report["loss_d_dropped"], report["loss_d"])
+        torch.testing.assert_close(loss_d, each[:, 4:].mean(1))
 
 def test_learning_rate_falls_at_the_end_and_steps_that_are_not_finite_are_skipped(
         begun, finishes, ends, watched, monkeypatch):
@@ -270,6 +290,19 @@ def test_raft_is_a_stage_that_resumes_to_the_bit(tmp_path, run, monkeypatch):
     for more, complaint in (("--seed=1", "begun with seed 0, not 1"),
                             ("--batch=2", "raft takes --batch from 3 to 256")):
         assert complaint in run(train.main, *flags, tmp_path / "whole", more)[2]
+    assert "nowhere: No such file" in run(train.main, *flags, tmp_path / "new", "--init=nowhere")[2]
+    assert not (tmp_path / "new").exists()
+
+def test_raft_learns_from_all_iterations_most_from_the_last():
+    def flows(frames, iters):
+        assert iters == 2 and frames.min() < -.9 and frames.max() > .9     # from -1 to 1
+        x = torch.tensor([0., 1.])[:, None, None, None, None]       # in pixels of an eighth
+        return torch.cat([x, 0 * x], 2).expand(2, 1, 2, 8, 8)
+
+    stage = Mock(iters=2, run=Mock(device="cpu", autocast=contextlib.nullcontext))
+    stage.model.flows, truth = flows, torch.tensor([3., 0]).view(1, 2, 1, 1).expand(1, 2, 64, 64)
+    ((loss, _),) = train.RAFTStage.losses(stage, [*torch.rand(2, 1, 3, 64, 64), truth])
+    assert loss.item() == pytest.approx(.8 * 3 + (8 - 3), abs=1e-3)
 
 # ---------------------------------------------------------------- interrupted and resumed
 
@@ -303,6 +336,7 @@ def breaks_at(monkeypatch, owner, name, call, how):
     ("jam", train, "joint_loss", 2, ctrl_c),
     ("jam", train, "get_ema_multi_avg_fn", 2, power_cut),
     ("jam", train, "show_preview", 2, power_cut),
+    ("jam", train, "show_preview", 3, ctrl_c),          # the last one
     ("jam", train.dcp, "save", 2, full_disk)])
 def test_interrupted_anywhere_and_resumed_ends_the_same_to_the_bit(
         finished, uninterrupted, begun, run, finishes, monkeypatch, stage, owner, name, call, how):
@@ -351,13 +385,21 @@ def test_a_second_signal_aborts_unless_it_is_torchruns_echo(begun, run, quick, m
         assert "stopped at step 2 of jam: the same command goes on" in err
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
-def test_a_finished_stage_is_left_alone_and_can_be_made_longer(finished, tmp_path, finishes):
+def test_a_finished_stage_is_left_alone_and_can_be_made_longer(finished, tmp_path, finishes, ends,
+                                                               monkeypatch):
     out = shutil.copytree(finished, tmp_path / "run")
     before = content(out)
     assert finishes(out).count("done already") == 4
     after = content(out)
     assert all(after[path] == before[path] for path in before if path.name != "model.pt")
-    printed = finishes(out, "--stage", "jam", "--steps", "5")
+    longer = "--stage", "jam", "--steps", "5"
+    with monkeypatch.context() as patch:
+        breaks_at(patch, train, "joint_loss", 1, ctrl_c)
+        assert "stopped at step 4 of jam" in ends(out, *longer)
+    # the jam of three steps stays in the file until there is another
+    assert "model.pt stays as it is: jam is at step 4 of 5" in finishes(out, "--stage", "base")
+    assert content(out)[out / "model.pt"] == after[out / "model.pt"]
+    printed = finishes(out, *longer)
     assert checkpoint(out, "jam")["step"] == 5 and len(checkpoints(out, "jam")) == 2
     assert [row["step"] for row in logged(out, "jam")] == [1, 2, 3, 4, 5]
     # the control is not jam's equal any more
@@ -470,8 +512,8 @@ def test_bad_flags_are_one_line_and_leave_no_run_folder(tmp_path, ends, flag, va
 @pytest.mark.parametrize("more, complaint", [
     (("--seed", 1), "begun with seed 0, not 1"),
     (("--appearance", 0), "begun with appearance 0.5, not 0.0"),
-    (("--appearance", 0, "--data", ROOT), "--appearance and --target are of the sprite world"),
-    (("--data", str(ROOT)), "begun with data 'sprites', not 'own videos'"),
+    (("--data", ROOT), "--appearance, --target and --clutter are of the sprite world"),
+    (("--clutter", 0, "--data", ROOT), "begun with data 'sprites', not 'own videos'"),
     (("--stage", "base", "--lr", .5, "--steps", 9), "begun with lr 0.001, not 0.5"),
     (("--stage", "jam", "--uniform-t", "--t-shift", 9, "--motion-dropout", 0, "--steps", 9),
      "uniform_t False, not True; t_shift 1.0, not 9.0; motion_dropout 0.2, not 0.0"),
