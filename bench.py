@@ -68,13 +68,12 @@ class Evaluator:
                 print(f"{path}: no {which} model, its rows are left out")
                 continue
             self.models[which] = VideoJAM.load(path, which, self.device)
-            if self.device.type == "cpu" and can_compile(self.device):  # a GPU samples faster
+            if self.device.type == "cpu" and can_compile(self.device):  # no gain on a GPU
                 compile_layers(self.models[which].dit)
         self.tae = self.models["jam"].tae
         self.world = {"appearance": self.config.appearance, "target": self.config.target}
         self.video, self.flow, self.captions, self.scenes = held_out_clips(
             args.n, self.config.frames, self.config.size, **self.world)
-        self.sample = functools.lru_cache(4)(self.sample)   # ablation shows compare's again
 
     def sample(self, which="jam", **options):
         """Video and RGB motion, --seeds times of all prompts; sample i has HELD_OUT + i's noise."""
@@ -196,7 +195,8 @@ def compare(e):
     alone, guided = "VideoJAM, w2 = 0", f"VideoJAM, w2 = {e.args.w2:g}"
     plain = [which for which in ("base", "control") if which in e.models]
     videos = {**e.upper_bounds, **{which: e.sample(which)[0] for which in plain},
-              alone: e.sample(w2=0.)[0], guided: e.sample()[0]}
+              alone: e.sample(w2=0.)[0]}
+    videos[guided], motion = e.sample()
     scores = e.scores(videos)
     groups = {kind: [row["kind"] == kind for row in scores["real clips"]]
               for kind in sorted({row["kind"] for row in scores["real clips"]})}
@@ -216,7 +216,7 @@ def compare(e):
                        ([f"the first {few} prompts", *header[1:]], by_raft)],
             "clips": scores,
             "shown": [(name, video[:8]) for name, video in videos.items()]
-            + [("motion predicted by VideoJAM", e.sample()[1][:8])]}
+            + [("motion predicted by VideoJAM", motion[:8])]}
 
 def ablation(e):
     """Table 3 (w/o Inner-Guidance: w2 = 0; w/o optical flow: d = 0), and how much w2, how long."""
@@ -246,23 +246,22 @@ def sdedit(e):
     the clip was decided before that step."""
     args, n, few = e.args, e.args.n, min(e.args.n, e.args.few)
     table, results, shown = [], {}, []
-    video, flow = (part.to(e.device) for part in (e.video, e.flow))
     y = tokenize(e.captions, e.config.dit.max_bytes).to(e.device)
     times = linear_quadratic(100).to(e.device)
-    x1, d1, x0, d0 = e.latents(video, flow)
+    x1, d1, x0, d0 = e.latents(e.video, e.flow)
     exact = held_out_clips(few, e.config.frames, e.config.size)[1]      # whatever d shows
-    truth = F.avg_pool2d(exact.to(e.device).flatten(0, 1), 8).flatten(1)
+    truth = F.avg_pool2d(exact.flatten(0, 1), 8).flatten(1)
 
     def row(name, t, edited):
-        seen = in_parts(lambda v: estimate_flow(e.raft, v), edited[:few])
+        seen = in_parts(lambda v: estimate_flow(e.raft, v).cpu(), edited[:few])
         cosine = F.cosine_similarity(F.avg_pool2d(seen.flatten(0, 1), 8).flatten(1), truth)
         table.append([name, t, cell(cosine.view(few, -1).mean(1).tolist()),
-                      cell((edited - video).abs().flatten(1).mean(1).tolist())])
-        results[name] = score_clips(edited.cpu(), e.scenes)
-        shown.append((name, edited[:8].cpu()))
+                      cell((edited - e.video).abs().flatten(1).mean(1).tolist())])
+        results[name] = score_clips(edited, e.scenes)
+        shown.append((name, edited[:8]))
 
-    row("the clip itself, by RAFT", "1", video)
-    row("through the TAE", "1", e.upper_bounds["through the TAE"].to(e.device))
+    row("the clip itself, by RAFT", "1", e.video)
+    row("through the TAE", "1", e.upper_bounds["through the TAE"])
     models = sorted({"base", "jam"} & e.models.keys())
     for which, start in itertools.product(models, (0, 20, 60, 80, 90, 95)):
         dit, t = e.models[which].dit, times[start].expand(n)
@@ -271,7 +270,7 @@ def sdedit(e):
             x, _ = euler_sample(dit, x, d, y, times[start:], args.w1, args.w2,
                                 "cfg" if d is None else "inner", motion_steps=max(0, 50 - start),
                                 progress=f"sdedit, {which} from {start}")
-            edited = in_parts(lambda v: e.tae.decode(v, frames=e.config.frames), x)
+            edited = in_parts(lambda v: e.tae.decode(v, frames=e.config.frames).cpu(), x)
         row(f"{which}, step {start}", f"{times[start]:.3f}", edited)
     return {"about": f"n = {n} clips. Coarse motion (8 x 8 px means of RAFT's flow, {few} "
                      "clips) against the clip's own: cosine, 1 is the same. Step 0 is a free "
@@ -285,9 +284,10 @@ def sdedit(e):
 DOSES, TRAININGS = (0., .25, .5, .75, 1.), (0, 1, 2)                # --appearance, --seed
 MODELS = {"base": "base", "control": "control", "jam": "VideoJAM"}
 
-def judge(args, dose, target, seed):
-    """What a default run in a world is like, and whether that is new: it is trained and judged, if
-    it is not yet or has changed. ValueError: training did not end, or a model is missing."""
+def train_and_score(args, dose, target, seed):
+    """Trains and scores a default run in a world, unless its scores are there and it has not
+    changed. Returns them, and whether they are new. ValueError: training did not end, or a model is
+    missing."""
     run = args.out / f"{dose:g}-{target}-{seed}"
     path = run / (f"n{args.n}-seeds{args.seeds}-steps{args.steps}-of-{args.emulated}-"
                   f"w1-{args.w1:g}-w2-{args.w2:g}.json")
@@ -301,8 +301,8 @@ def judge(args, dose, target, seed):
         code = subprocess.run([*map(str, command)]).returncode
         signal.signal(signal.SIGINT, ours)
         if code:
-            raise ValueError(f"{run}: not trained to its end, train.py says why: then the same "
-                             "command goes on")
+            raise ValueError(f"{run}: not trained to its end (train.py's exit code: {code}): the "
+                             "same command goes on")
         e = Evaluator(argparse.Namespace(**{**vars(args), "run": run}))
         if missing := sorted(MODELS.keys() - e.models.keys()):
             raise ValueError(f"{run}: has no {', '.join(missing)} to compare with: train jam and "
@@ -319,19 +319,17 @@ def premise(args):
     set_sampler(args, PRESETS["toy"])
     runs = {(dose, "flow"): [] for dose in DOSES} | {(APPEARANCE, target): [] for target in TARGETS}
     for seed, world in itertools.product(TRAININGS, runs):
-        judged, is_new = judge(args, *world, seed)
-        runs[world].append(judged)
+        scores, is_new = train_and_score(args, *world, seed)
+        runs[world].append(scores)
         if is_new or (seed, world) == (TRAININGS[-1], [*runs][-1]):
             yield premise_section(args, {world: some for world, some in runs.items() if some})
 
 def premise_section(args, runs):
-    """The section of {(dose, target): [what `judge` said of each training]}. Means and curves are
-    of those trainings that all of these worlds have."""
-    scores, gains, means = {}, {}, {}
-    shared = min(map(len, runs.values()))
+    """The section of {(dose, target): [`train_and_score`'s of each training]}."""
+    scores, gains, mean_gains = {}, {}, {}
     for (dose, target), some in runs.items():
         each = {f"training {i}": run["scores"] for i, run in enumerate(some)}
-        each["mean"] = {name: sum((run["scores"][name] for run in some[:shared]), [])
+        each["mean"] = {name: sum((run["scores"][name] for run in some), [])
                         for name in some[0]["scores"]}
         label = f"{dose:g}, {target}"
         scores |= {f"{label}: {name}": by_prompt(rows, args.n)
@@ -339,32 +337,35 @@ def premise_section(args, runs):
         gains |= {f"{label}, {which}: {name} minus control":
                   by_prompt(gain(models[name], models["control"]), args.n)
                   for which, models in each.items() for name in ("base", "VideoJAM")}
-        means[dose, target] = gains[f"{label}, mean: VideoJAM minus control"]
+        mean_gains[dose, target] = gains[f"{label}, mean: VideoJAM minus control"]
     still = {dose: 100 * some[0]["share"] for (dose, target), some in runs.items()
              if target == "flow"}
     least = min(still)
     more = {f"gain at {dose:g} minus gain at {least:g}":
-            gain(means[dose, "flow"], means[least, "flow"]) for dose in still if dose > least}
-    more |= {f"gain, {target} minus gain, flow": gain(means[dose, target], means[dose, "flow"])
-             for dose, target in means if target != "flow"}
+            gain(mean_gains[dose, "flow"], mean_gains[least, "flow"])
+            for dose in still if dose > least}
+    more |= {f"gain, {target} minus gain, flow":
+             gain(mean_gains[dose, target], mean_gains[dose, "flow"])
+             for dose, target in mean_gains if target != "flow"}
     shares = ", ".join(f"{share:.0f}%" for share in still.values())
     return {"about": f"{sum(map(len, runs.values()))} of {len(TRAININGS) * (len(DOSES) + 2)} "
                      f"trainings, by --appearance ({shares} of the variance of pixels stand still) "
                      f"and --target (gain: over its own control). n = {args.n} held-out clips, "
-                     f"{sampling(args)}. Means and curves: of {shared} of each; 95% intervals over "
-                     "clips, not trainings.",
+                     f"{sampling(args)}. Means and gains by dose are over all trainings of a kind, "
+                     "Fig. 3 is of the first; 95% intervals over clips, not trainings.",
             "tables": [score_table(scores, SCORES), paired_table(gains)]
             + [paired_table(more)] * bool(more),
-            "curves": premise_curves(runs, means, still),
+            "curves": premise_curves(runs, mean_gains, still),
             "runs": [[*world, some] for world, some in runs.items()]}
 
-def premise_curves(runs, means, still):
+def premise_curves(runs, mean_gains, still):
     """VideoJAM's mean gains by {dose: % of the variance that stands still}, and Fig. 3 at the least
     and the loudest dose."""
     curves = []
     for keys, scale in (("detected", "motion_ok"), 100), (("error",), 1):
-        lines = {PAIRED[key]: {still[dose]: paired(values)[:3] for dose in still
-                               if (values := present(means[dose, "flow"], key))} for key in keys}
+        lines = {PAIRED[key]: {share: paired(values)[:3] for dose, share in still.items()
+                               if (values := present(mean_gains[dose, "flow"], key))}
+                 for key in keys}
         curves.append(("VideoJAM minus control, by % of variance that stands still",
                        {name: [[*line], [*line.values()]] for name, line in lines.items()}, scale))
     for dose in sorted({min(still), max(still)}):

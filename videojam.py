@@ -390,7 +390,7 @@ class Guidance(NamedTuple):
     w2_on_d: bool = True                # False: w2 acts on u^x alone
 
 WITHOUT_MOTION = "cfg", "none"          # modes for models without motion too: no term drops d
-# Eq. 7 weighs p(x, d | y) by p(y | x, d)^w1 and p(d | x, y)^w2; Eq. 8 says it with velocities:
+# Eq. 7 weighs p(x, d | y) by p(y | x, d)^w1 and p(d | x, y)^w2; Eq. 8, written with velocities:
 # (1 + w1 + w2) u(x,d,y) - w1 u(x,d,0) - w2 u(x,0,y), 0 being dropped (the paper's empty set).
 # w1 is the text scale, w2 the motion scale, in App. A's modes too (the paper swaps them there).
 # w1 = 5 in Eq. 8 is what others call a guidance scale of 6; in ip2p and composable it is one of 5.

@@ -41,12 +41,26 @@ def test_every_experiment_writes_its_tables_and_a_page_that_holds_all(model_fold
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results) == {"motivation", "compare", "ablation", "sdedit"}
     assert len(results["compare"]["clips"]["base"]) == 2
-    _, rises = results["motivation"]["curves"][0][1]["base"]
-    assert any(rise for rise, *_ in rises)
+    curves = results["motivation"]["curves"][0][1]
+    assert any(rise for rise, *_ in curves["base"][1])
+    assert curves["jam"] != curves["jam, d = 0"]
     page = (tmp_path / "report.html").read_text()
     assert page.count("<svg") == 2 and page.count("data:video/mp4;base64,") > 8
     assert "://" not in page.replace("http://www.w3.org", "")       # nothing is fetched
     assert not list(tmp_path.glob(".*"))
+
+def test_sdedit_goes_on_from_the_clip_noised_to_each_step(model_folder, run, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(bench, "euler_sample", lambda dit, x, d, y, times, *args, **options: (
+        given.append((times[0], x)), (x, d))[1])
+    code, _, err = run(bench.main, "sdedit", "--run", model_folder, "--n", 2, "--out", tmp_path)
+    assert not code and len(given) == 12, err
+    (start, noise), *later = given[:6]
+    x0 = torch.randn(noise.shape, generator=torch.Generator().manual_seed(bench.HELD_OUT))
+    assert start == 0 and torch.equal(noise, x0)            # a free sample
+    clips = [(x - (1 - t) * x0) / t for t, x in later]
+    for clip in clips:
+        torch.testing.assert_close(clip, clips[-1], atol=1e-3, rtol=1e-3)
 
 def test_premise_trains_and_judges_each_world_once(model_folder, run, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "DOSES", (0., .5))
@@ -117,14 +131,20 @@ def test_premise_pairs_each_training_with_its_control_and_averages_over_training
                                for row in table[1]} for column in (1, -1))
     assert [detected[f"0.5, {world}: VideoJAM minus control"] for world in (
         "flow, training 0", "flow, training 1", "flow, mean", "mask, training 2", "mask, mean")] \
-        == ["+100.0", "-200.0", "-50.0", "-200.0", "-50.0"]     # the mean is of two of each
-    assert detected["gain, mask minus gain, flow"] == "+0.0"
+        == ["+100.0", "-200.0", "-50.0", "-200.0", "-100.0"]    # the mean is of two, and of three
+    assert detected["gain, mask minus gain, flow"] == "-50.0"
     assert detected["gain at 0.5 minus gain at 0.2"] == "-100.0"
     # only where both have one: of the first training's second prompt
     assert motion_error["0.5, flow, mean: VideoJAM minus control"] == "+1.00"
     assert motion_error["0.5, mask, training 2: VideoJAM minus control"] == "-"
     shares, values = section["curves"][0][1]["detected, points"]
     assert shares == [40, 50] and [value for value, *_ in values] == [.5, -.5]
+
+def test_the_median_of_errors_and_the_mean_of_shares_are_what_a_table_says():
+    rows = [{"error": error, "single": error == 9} for error in (0., 0., 9.)]
+    _, ((_, *cells),) = bench.score_table({"model": rows}, {
+        "error": bench.SCORES["error"], "single": bench.SCORES["single"]})
+    assert [text.split()[0] for text in cells] == ["0.00", "33.3"]
 
 def test_what_would_fail_at_the_end_is_said_before_anything_is_drawn(model_folder, refuses,
                                                                      tmp_path, monkeypatch):
@@ -159,6 +179,7 @@ def test_flags_of_the_sampler_reach_it(model_folder, run, tmp_path, given):
     assert not code and given[-1].items() >= flags.items(), err
     for prompts in (options["prompts"] for options in given):
         assert prompts == prompts[:2] * 2 and prompts[0] != prompts[1]
+    assert [options["w2"] for options in given] == [4, 4, 0, 4]     # base, control, VideoJAM
     clips = json.loads((tmp_path / "results.json").read_text())["compare"]["clips"]
     assert len(clips["base"]) == 4 and len(clips["real clips"]) == 2
     assert "p = 1.0000, n = 2 |" in said                # by prompt
