@@ -62,6 +62,21 @@ def test_check_video_refuses_unfinished_videos(tmp_path):
         with pytest.raises(OSError, match="not whole"):
             common.check_video(path, frames)
 
+def test_a_video_that_ffmpeg_did_not_finish_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(common.iio, "imwrite", lambda path, frames, **_: (
+        [*frames], path.write_bytes(b"")))
+    with pytest.raises(ValueError, match="a.mp4: the video is not whole"):
+        common.write_video(tmp_path / "a.mp4", torch.rand(6, 3, 8, 8), 8)
+    assert not [*tmp_path.iterdir()]
+
+@pytest.mark.parametrize("has, dtype", [({"avx512_bf16": True}, torch.bfloat16),
+                                        ({"amx_bf16": True}, torch.bfloat16), ({}, torch.float32)])
+def test_bf16_is_for_gpus_and_for_cpus_where_it_is_fast(monkeypatch, has, dtype):
+    monkeypatch.setattr(common, "CPU_HAS", has)
+    assert (common.fast_dtype("cpu"), common.fast_dtype("cuda")) == (dtype, torch.bfloat16)
+    with common.autocast("cpu"):
+        assert torch.mm(*torch.rand(2, 4, 4)).dtype == dtype
+
 def test_grid_has_a_column_per_clip_and_a_row_per_argument():
     picture = common.grid(torch.zeros(3, 2, 3, 4, 4), torch.full((3, 2, 3, 4, 4), .5))
     assert picture.shape == (2, 3, 12, 18) and (picture[:, :, 0] == 1).all()    # a white frame

@@ -1,5 +1,7 @@
 """pytest tests/test_wan.py: VideoJAM on other people's transformers, tiny random ones of diffusers,
 and examples/wan.py. Skipped where diffusers is missing."""
+import hashlib
+import importlib.util
 import multiprocessing
 import re
 import shutil
@@ -118,6 +120,17 @@ def test_other_transformers_learn_and_sample_with_motion(family, tmp_path):
     with torch.no_grad():
         assert torch.equal(model.call(again, z, t, model.y), model(z, t, model.y))
 
+def test_wans_velocity_leads_where_diffusers_own_sampler_does():
+    x, scheduler = torch.randn(B, C, *SHAPE), diffusers.FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(4)
+    model, times = wan_t2v(), 1 - scheduler.sigmas
+    expected, _ = euler_sample(model, x, None, WORDS, times, mode="none", null=NULL)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            out = model.net(x, t.expand(B), WORDS, return_dict=False)[0]
+            x = scheduler.step(out, t, x, return_dict=False)[0]
+    assert_close(x, expected, rtol=1e-4, atol=1e-4)
+
 @pytest.mark.parametrize("kind, net_gives", [
     ("CogVideoXDDIMScheduler", "v"), ("DDIMScheduler", "eps")])
 def test_v_and_epsilon_predictions_become_velocities(kind, net_gives):
@@ -168,10 +181,14 @@ def test_tiny_trains_and_samples(trained, run, tmp_path):
                              "--out", file, *options)
         assert code == 0 and out.startswith(f"{file}: 'a red square'"), err
         assert iio.imread(file).shape == (9, 8 * 34, 8 * 2 * 34, 3)     # video, motion
+    assert (trained / f"texts/{hashlib.md5(b'a red square').hexdigest()}.pt").exists()
     assert_close(*(torch.from_numpy(iio.imread(tmp_path / f"{i}.mp4")).float() for i in (0, 1)),
                  rtol=0, atol=8)
 
-@pytest.mark.parametrize("more", [(), ("--lora", 2)], ids=("whole", "lora"))
+needs_peft = pytest.mark.skipif(not importlib.util.find_spec("peft"), reason="pip install peft")
+
+@pytest.mark.parametrize("more", [pytest.param((), id="whole"),
+                                  pytest.param(("--lora", 2), id="lora", marks=needs_peft)])
 def test_tiny_killed_and_resumed_ends_the_same(run, tmp_path, monkeypatch, more):
     command, calls = ("train", "--tiny", "--steps", 5, *more, "--out", tmp_path / "killed"), []
     update = wan.train.Trainer.update
@@ -214,6 +231,22 @@ def test_tiny_in_two_processes_is_as_in_one(trained, tmp_path):
         assert_close(sharded, whole, rtol=0, atol=1e-4)
         shutil.rmtree(checkpoints(tmp_path, "jam")[-1])         # the last step again
 
+def test_latents_are_the_vaes_own_and_of_motion_whitened_apart():
+    tae, video = wan.TAE(wan.load(diffusers.AutoencoderKLWan, "tiny")), torch.rand(1, 5, 3, 16, 16)
+    tae.scale[1] = torch.tensor([.3, 2.])
+    with torch.no_grad():
+        z = tae.vae.encode(video.transpose(1, 2) * 2 - 1).latent_dist.mode()
+    assert_close(tae.encode(video), z)                      # its mean and deviation are 0 and 1
+    assert_close(tae.encode(video, True), (z - .3) / 2)
+    assert_close(tae.decode((z - .3) / 2, True), tae.decode(z))
+    assert_close(tae.decode(z), tae.vae.decode(z).sample.transpose(1, 2).detach() / 2 + .5)
+
+def test_adamw_takes_the_new_weights_further():
+    layer, factors = torch.nn.Linear(2, 1, bias=False), torch.tensor([[1., 5.]])
+    before, layer.weight.grad = layer.weight.detach().clone(), torch.ones(1, 2)
+    wan.AdamW(layer, .01, {layer.weight: factors}).step()
+    assert_close(before - layer.weight.detach(), .01 * factors)
+
 def test_texts_are_kept_without_their_zeros(tmp_path):
     y = torch.randn(40, 8)
     y[3:] = 0
@@ -230,8 +263,8 @@ def test_lora_without_peft_is_refused(refuses, tmp_path, monkeypatch):
                                           tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
+@needs_peft
 def test_tiny_with_lora_becomes_plain_weights(run, tmp_path):
-    pytest.importorskip("peft")
     video, _, captions, _ = sprite_clips(range(3), 9, 32)
     for i, caption in enumerate(captions):
         write_video(tmp_path / f"{i}.mp4", video[i], 16, 1)
