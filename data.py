@@ -247,7 +247,7 @@ class Folder:
                 elif name in listing:
                     name, one = f"{name} (row {row})", {"reason": "listed twice"}
                 listing[name] = one
-                if row % EXAMINED_BETWEEN_WRITES == 0:      # an interrupted run looks at them once
+                if row % EXAMINED_BETWEEN_WRITES == 0:      # so an interrupted look goes on
                     write_text(path, json.dumps({**before, **listing}))
         for other in sorted(set(video_files(self.folder)) - {name for name, _ in found}):
             listing[other] = {"reason": f"not in {layout}"}

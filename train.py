@@ -281,16 +281,18 @@ class Run:
     def export(self):
         """Writes model.pt: the TAE and every DiT that is finished. A control that did not train
         like jam (steps, batch, data, ...) is left out: nothing could be concluded from it. While a
-        stage is not at its end, model.pt stays as it is: it may hold that stage's shorter DiT."""
+        stage whose DiT is in model.pt is made longer, the file stays as it is: it has no other."""
+        path = self.out / "model.pt"
         last = {stage: self.last(stage) for stage in ("jam", "base", "control")}
-        begun = [f"{stage} is at step {status['step']} of {status['of']}"
-                 for stage, (_, status) in last.items() if status and status["step"] < status["of"]]
-        if begun and (self.out / "model.pt").exists():
-            print0(f"model.pt stays as it is: {', '.join(begun)}")
+        begun = {stage: f"{stage} is at step {status['step']} of {status['of']}"
+                 for stage, (_, status) in last.items() if status and status["step"] < status["of"]}
+        held = begun.keys() & read_model_file(path)[2] if begun and path.exists() else ()
+        if held:
+            print0(f"{path} stays as it is: {', '.join(begun[stage] for stage in sorted(held))}")
         elif rank() == 0:
-            dits = {stage: self.load_dit(path, stage, torch.float16)
-                    for stage, (path, status) in last.items()
-                    if path and status["step"] == status["of"]}
+            dits = {stage: self.load_dit(folder, stage, torch.float16)
+                    for stage, (folder, status) in last.items()
+                    if folder and status["step"] == status["of"]}
             if "base" in self.given:
                 dits.setdefault("base", self.given["base"])
             jam, control = ({**last[stage][1], "motion_dropout": None}
@@ -298,7 +300,7 @@ class Run:
             if {"jam", "control"} <= dits.keys() and jam != control:
                 print0(f"control is left out of model.pt: it has {control}, jam {jam}")
                 del dits["control"]
-            write_model_file(self.out / "model.pt", self.preset, self.tae(), dits)
+            write_model_file(path, self.preset, self.tae(), dits)
             print0(shlex.join(["python", "sample.py", "--run", str(self.out), "--which",
                                next(iter(dits)), self.dataset.example]))
         barrier()

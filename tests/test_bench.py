@@ -21,7 +21,7 @@ import sample
 from common import open_video, write_video
 from conftest import ROOT, make_varying
 from metrics import cell
-from videojam import VideoJAM, read_model_file, write_model_file
+from videojam import VideoJAM, linear_quadratic, read_model_file, write_model_file
 
 @pytest.fixture(autouse=True)
 def cheap(monkeypatch):
@@ -50,17 +50,19 @@ def test_every_experiment_writes_its_tables_and_a_page_that_holds_all(model_fold
     assert not list(tmp_path.glob(".*"))
 
 def test_sdedit_goes_on_from_the_clip_noised_to_each_step(model_folder, run, tmp_path, monkeypatch):
-    given = []
+    given, latents, original = [], [], bench.Evaluator.latents
+    monkeypatch.setattr(bench.Evaluator, "latents", lambda e, *clips: (
+        latents.extend(original(e, *clips)), latents)[1])
     monkeypatch.setattr(bench, "euler_sample", lambda dit, x, d, y, times, *args, **options: (
-        given.append((times[0], x)), (x, d))[1])
+        given.append((times, x, d)), (x, d))[1])
     code, _, err = run(bench.main, "sdedit", "--run", model_folder, "--n", 2, "--out", tmp_path)
     assert not code and len(given) == 12, err
-    (start, noise), *later = given[:6]
-    x0 = torch.randn(noise.shape, generator=torch.Generator().manual_seed(bench.HELD_OUT))
-    assert start == 0 and torch.equal(noise, x0)            # a free sample
-    clips = [(x - (1 - t) * x0) / t for t, x in later]
-    for clip in clips:
-        torch.testing.assert_close(clip, clips[-1], atol=1e-3, rtol=1e-3)
+    x1, d1, x0, d0 = latents
+    for i, (times, x, d) in enumerate(given):               # of base, then of jam
+        rest = linear_quadratic(100)[(0, 20, 60, 80, 90, 95)[i % 6]:]
+        assert torch.equal(times, rest) and (d is None) == (i < 6)
+        torch.testing.assert_close(x, (1 - rest[0]) * x0 + rest[0] * x1)
+        assert d is None or torch.allclose(d, (1 - rest[0]) * d0 + rest[0] * d1, atol=1e-5)
 
 def test_premise_trains_and_judges_each_world_once(model_folder, run, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "DOSES", (0., .5))

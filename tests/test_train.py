@@ -22,7 +22,7 @@ import train
 from data import Latents, Sprites
 from train import STAGES
 from videojam import (TAE, DiT, Noise, VideoJAM, flow_matching_loss, joint_loss, sample_noise,
-                      tokenize)
+                      tokenize, write_model_file)
 
 EXPECTED_TIME, SHOW_PREVIEW = train.print_expected_time, train.show_preview
 
@@ -399,6 +399,9 @@ def test_a_finished_stage_is_left_alone_and_can_be_made_longer(finished, tmp_pat
     # the jam of three steps stays in the file until there is another
     assert "model.pt stays as it is: jam is at step 4 of 5" in finishes(out, "--stage", "base")
     assert content(out)[out / "model.pt"] == after[out / "model.pt"]
+    write_model_file(out / "model.pt", TINY, TAE(TINY.tae), {})     # where none would be lost
+    assert "stays" not in finishes(out, "--stage", "base")
+    assert {*torch.load(out / "model.pt")["dits"]} == {"base", "control"}
     printed = finishes(out, *longer)
     assert checkpoint(out, "jam")["step"] == 5 and len(checkpoints(out, "jam")) == 2
     assert [row["step"] for row in logged(out, "jam")] == [1, 2, 3, 4, 5]
@@ -513,6 +516,8 @@ def test_bad_flags_are_one_line_and_leave_no_run_folder(tmp_path, ends, flag, va
     (("--seed", 1), "begun with seed 0, not 1"),
     (("--appearance", 0), "begun with appearance 0.5, not 0.0"),
     (("--data", ROOT), "--appearance, --target and --clutter are of the sprite world"),
+    (("--data", ROOT, "--clutter", 0, "--appearance", 0), "are of the sprite world"),
+    (("--data", ROOT, "--clutter", 0, "--target", "mask"), "are of the sprite world"),
     (("--clutter", 0, "--data", ROOT), "begun with data 'sprites', not 'own videos'"),
     (("--stage", "base", "--lr", .5, "--steps", 9), "begun with lr 0.001, not 0.5"),
     (("--stage", "jam", "--uniform-t", "--t-shift", 9, "--motion-dropout", 0, "--steps", 9),
