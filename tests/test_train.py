@@ -263,6 +263,15 @@ def test_learning_rate_falls_at_the_end_and_steps_that_are_not_finite_are_skippe
     for state in (checkpoint(out, "base"), checkpoint(ten, "base")):
         assert all(weight.isfinite().all() for weight in state["model"].values())
 
+def test_gradients_are_clipped(begun, finishes, monkeypatch):
+    norms, loss = [], train.flow_matching_loss
+    monkeypatch.setattr(train, "flow_matching_loss", lambda *args, **options: 1e6 * loss(
+        *args, **options))
+    monkeypatch.setattr(train, "get_ema_multi_avg_fn", lambda decay: lambda ema, weights, _:
+                        norms.append(torch.cat([w.grad.flatten() for w in weights]).norm().item()))
+    finishes(begun("base"), "--stage", "base", "--steps", 1)
+    assert norms == [pytest.approx(train.MAX_NORM, rel=1e-3)]
+
 def test_raft_is_a_stage_that_resumes_to_the_bit(tmp_path, run, monkeypatch):
     monkeypatch.setattr(train.RAFTStage, "iters", 1)
     monkeypatch.setattr(train, "training_pairs", lambda step, batch:
@@ -417,10 +426,12 @@ def test_half_written_checkpoints_are_never_resumed_from_nor_kept(finished, unin
     (third / "status.json").unlink()
     (shutil.copytree(second, out / "checkpoints/jam-000000080") / ".metadata").unlink()
     (out / "checkpoints/jam-000000090").mkdir()                 # of a kill while it was begun
+    (torn := out / "latents/.000000.x.123.part.npy").touch()
     finishes(out, "--stage", "jam")
     assert [row["step"] for row in logged(out, "jam")] == [3]
     assert equal(checkpoint(out, "jam"), uninterrupted["jam"])
     assert [path.name for path in checkpoints(out, "jam")] == ["jam-000000002", "jam-000000003"]
+    assert not torn.exists()
 
 # ---------------------------------------------------------------- several processes
 
@@ -439,6 +450,18 @@ def test_two_processes_equal_one(finished, tmp_path):
         bound = 5e-5 if stage == "jam" else 2e-5    # jam's new rows carry the rounding further
         assert len(alone) == 3 and alone == [pytest.approx(row, rel=bound) for row in shared]
 
+def test_bf16_shards_do_not_round_t(run_of, tmp_path):
+    dist, seen, run = torch.distributed, [], run_of(tmp_path, "--precision", "bf16")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for dit in (train.distribute(DiT(TINY.dit), run), DiT(TINY.dit)):
+            dit.time.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+            with run.autocast():
+                dit(torch.rand(1, *TINY.latent_shape()), torch.tensor([.7]), tokenize(["a"]))
+    finally:
+        dist.destroy_process_group()
+    assert torch.equal(*seen)                               # bf16 knows .699
+
 # ---------------------------------------------------------------- starting points, dry run
 
 def test_init_takes_the_tae_and_each_stage_its_own_dit(finished, begun, tmp_path, finishes, ends,
@@ -452,6 +475,9 @@ def test_init_takes_the_tae_and_each_stage_its_own_dit(finished, begun, tmp_path
     assert not checkpoints(out, "tae") and checkpoint(out, "jam")["origin"].startswith("its own of")
     assert VideoJAM.load(out / "model.pt").config.sigma == .6       # the run's, not the file's
     assert "begun with origin" in ends(out, "--stage", "jam", "--sigma", ".6")
+    for stage in ("encode", "jam"):
+        finishes(tmp_path / "alone", "--init", finished / "model.pt", "--stage", stage)
+    assert {*torch.load(tmp_path / "alone/model.pt")["dits"]} == {"jam", "base"}    # the file's
     for name, change, complaint in (
             ("size", {"config": {**file["config"], "frames": 9}},
              "of another size than the preset"),
