@@ -348,8 +348,8 @@ def premise_section(args, runs):
              gain(mean_gains[dose, target], mean_gains[dose, "flow"])
              for dose, target in mean_gains if target != "flow"}
     shares = ", ".join(f"{share:.0f}%" for share in still.values())
-    return {"about": f"{sum(map(len, runs.values()))} of {len(TRAININGS) * (len(DOSES) + 2)} "
-                     f"trainings, by --appearance ({shares} of the variance of pixels stand still) "
+    asked = len(TRAININGS) * (len(DOSES) + len(TARGETS) - 1)        # flow is among the doses
+    return {"about": f"{sum(map(len, runs.values()))} of {asked} trainings, by --appearance ({shares} of the variance of pixels stand still) "
                      f"and --target (gain: over its own control). n = {args.n} held-out clips, "
                      f"{sampling(args)}. Means and gains by dose are over all trainings of a kind, "
                      "Fig. 3 is of the first; 95% intervals over clips, not trainings.",

@@ -43,7 +43,7 @@ RANGES = {
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 BACKGROUNDS = ("stripes", "checks", "clouds")
 MEAN_SPEED = .048                   # of what moves, in widths a frame of a clip of 16
-TARGETS = ("flow", "mask", "shuffled")      # what the motion latent shows: see `sprite_clip`
+TARGETS = ("flow", "mask", "shuffled", "direction")     # what d shows: see `sprite_clip`
 APPEARANCE = .5                     # how loud the field is in train.py's default world
 
 def is_held_out(shape, colour, motion):
@@ -217,8 +217,9 @@ def sprite_clip(seed, frames=16, size=64, clutter=.5, order=None, appearance=0.,
     independently, of scenes with two or three sprites (the first one named is in front). order: a
     permutation of the frames; the flow is that of the permuted clip. appearance in [0, 1]: how loud
     the still grey field behind the sprites is. target: "flow", or a control in its place: "mask",
-    where sprites are, as one constant flow; "shuffled", the flow's frames in a random order. A
-    scene's sprites have `physics` and a `path` (T, 3): x, y of the centre in px, the angle."""
+    where sprites are, as one constant flow; "shuffled", the flow's frames in a random order;
+    "direction", the mean flow of what moves, in the whole frame. A scene's sprites have `physics`
+    and a `path` (T, 3): x, y of the centre in px, the angle."""
     scene = sprite_scene(int(seed), frames, clutter)
     video = render_background(scene["background"], size, appearance).repeat(frames, 1, 1, 1)
     flow = torch.zeros(frames, 2, size, size)
@@ -233,6 +234,9 @@ def sprite_clip(seed, frames=16, size=64, clutter=.5, order=None, appearance=0.,
             motion = torch.tensor([MEAN_SPEED * size, 0.]).view(2, 1, 1)
         flow = torch.where(cover >= .5, motion, flow)
     flow[-1] = flow[-2:][0]                                             # the last one is repeated
+    if target == "direction":
+        moving = flow.any(1, keepdim=True).sum((2, 3), keepdim=True)
+        flow = (flow.sum((2, 3), keepdim=True) / moving.clamp(min=1)).expand_as(flow).contiguous()
     if target == "shuffled":
         flow = flow[np.random.default_rng([int(seed), 1]).permutation(frames)]
     return video, flow, scene["caption"], scene

@@ -681,7 +681,7 @@ class Preset:
     w1: float = 5.                      # text guidance, unless the sampler is told another
     emulated: int = 1000                # of linear_quadratic, likewise
     appearance: float = 0.              # of the sprite world: how loud its background is
-    target: str = "flow"                # what d shows; "mask" and "shuffled" are controls
+    target: str = "flow"                # what d shows; all other TARGETS are controls
 
     def latent_shape(self):
         """(C, T', H', W') of one clip."""

@@ -85,14 +85,15 @@ def test_premise_trains_and_judges_each_world_once(model_folder, run, tmp_path, 
     monkeypatch.setattr(bench.subprocess, "run", train)
     flags = "premise", "--n", 3, "--steps", 1, "--out", tmp_path / "out"
     code, said, err = run(bench.main, *flags)
-    assert code == 2 and "0.5-shuffled-7: not trained to its end" in err and "3 of 4 train" in said
+    assert code == 2 and "0.5-shuffled-7: not trained to its end" in err and "3 of 5 train" in said
     assert signal.getsignal(signal.SIGINT) == on_ctrl_c
     shutil.rmtree(tmp_path / "out/0.5-shuffled-7")
     code, said, err = run(bench.main, *flags, "--device", "cpu")
-    assert not code and "4 of 4 trainings" in said, err
-    worlds = [("0.0", "flow"), ("0.5", "flow"), ("0.5", "mask"), ("0.5", "shuffled")]
-    assert trained == [(*world, "7") for world in worlds + worlds[3:]]
-    assert devices == [None] * 4 + ["cpu"]
+    assert not code and "5 of 5 trainings" in said, err
+    worlds = [("0.0", "flow"), ("0.5", "flow"), ("0.5", "mask"), ("0.5", "shuffled"),
+              ("0.5", "direction")]
+    assert trained == [(*world, "7") for world in worlds[:4] + worlds[3:]]
+    assert devices == [None] * 4 + ["cpu"] * 2
     section = json.loads((tmp_path / "out/results.json").read_text())["premise"]
     assert [row[:2] for row in section["runs"]] == [[float(a), b] for a, b in worlds]
     ((low, high), _) = section["curves"][0][1]["detected, points"]
@@ -110,7 +111,7 @@ def test_premise_trains_and_judges_each_world_once(model_folder, run, tmp_path, 
     world = tmp_path / "out/0-flow-7"
     write_model_file(world / "model.pt", preset, tae, {"jam": dits["jam"]})
     os.utime(world / "model.pt", (later := time.time() + 9, later))
-    assert not run(bench.main, *flags)[0] and len(trained) == 5
+    assert not run(bench.main, *flags)[0] and len(trained) == 6
     (world / "checkpoints/jam-2").mkdir(parents=True)
     (status := world / "checkpoints/jam-2/status.json").write_text("{}")
     os.utime(status, (later, later))

@@ -190,12 +190,16 @@ def test_targets_show_where_without_direction_or_when_without_order():
     orders = set()
     for seed in seeds_of("move", 2) + seeds_of("swing", 2):
         video, flow, caption, _ = sprite_clip(seed, 8, 32, 0.)
-        mask, shuffled = (sprite_clip(seed, 8, 32, 0., target=target) for target in TARGETS[1:])
-        for other in (mask, shuffled):
+        mask, shuffled, direction = (sprite_clip(seed, 8, 32, 0., target=target)
+                                     for target in TARGETS[1:])
+        for other in (mask, shuffled, direction):
             assert torch.equal(other[0], video) and other[2] == caption
         moves = flow[:-1].norm(dim=1) > .01
         assert (mask[1][:-1, 0][moves] == MEAN_SPEED * 32).all() and not mask[1][:, 1].any()
         assert (mask[1][:-1, 0] > 0).sum() <= moves.sum() + 200     # hardly anything stands still
+        for k in range(8):                      # everywhere what the sprite does, and it alone
+            step = flow[k][:, flow[k].any(0)].mean(1)
+            torch.testing.assert_close(direction[1][k], step[:, None, None].expand(2, 32, 32))
         frames, mixed = ([part.numpy().tobytes() for part in clip] for clip in (flow, shuffled[1]))
         assert sorted(mixed) == sorted(frames) and mixed != frames
         orders.add(tuple(map(frames.index, mixed)))
