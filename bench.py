@@ -349,10 +349,11 @@ def premise_section(args, runs):
              for dose, target in mean_gains if target != "flow"}
     shares = ", ".join(f"{share:.0f}%" for share in still.values())
     asked = len(TRAININGS) * (len(DOSES) + len(TARGETS) - 1)        # flow is among the doses
-    return {"about": f"{sum(map(len, runs.values()))} of {asked} trainings, by --appearance ({shares} of the variance of pixels stand still) "
-                     f"and --target (gain: over its own control). n = {args.n} held-out clips, "
-                     f"{sampling(args)}. Means and gains by dose are over all trainings of a kind, "
-                     "Fig. 3 is of the first; 95% intervals over clips, not trainings.",
+    return {"about": f"{sum(map(len, runs.values()))} of {asked} trainings, by --appearance "
+                     f"({shares} of the variance of pixels stand still) and --target (gain: over "
+                     f"its own control). n = {args.n} held-out clips, {sampling(args)}. Means and "
+                     "gains by dose are over all trainings of a kind, Fig. 3 is of the first; 95% "
+                     "intervals over clips, not trainings.",
             "tables": [score_table(scores, SCORES), paired_table(gains)]
             + [paired_table(more)] * bool(more),
             "curves": premise_curves(runs, mean_gains, still),

@@ -18,7 +18,7 @@ import bench
 import flow
 import metrics
 import sample
-from common import open_video, write_video
+from common import ffmpeg, open_video, write_video
 from conftest import ROOT, make_varying
 from metrics import cell
 from videojam import VideoJAM, linear_quadratic, read_model_file, write_model_file
@@ -82,6 +82,7 @@ def test_premise_trains_and_judges_each_world_once(model_folder, run, tmp_path, 
             signal.raise_signal(signal.SIGINT)          # Ctrl-C reaches both processes
         return subprocess.CompletedProcess(command, 2 if len(trained) == 4 else 0)
 
+    ffmpeg()                                            # it is tried once, by subprocess.run
     monkeypatch.setattr(bench.subprocess, "run", train)
     flags = "premise", "--n", 3, "--steps", 1, "--out", tmp_path / "out"
     code, said, err = run(bench.main, *flags)
