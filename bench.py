@@ -68,7 +68,7 @@ class Evaluator:
                 print(f"{path}: no {which} model, its rows are left out")
                 continue
             self.models[which] = VideoJAM.load(path, which, self.device)
-            if self.device.type == "cpu" and can_compile(self.device):  # no gain on a GPU
+            if self.device.type == "cpu" and can_compile(self.device):  # a GPU is fast without
                 compile_layers(self.models[which].dit)
         self.tae = self.models["jam"].tae
         self.world = {"appearance": self.config.appearance, "target": self.config.target}
