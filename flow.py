@@ -91,8 +91,8 @@ class Encoder(nn.Module):
         return self.conv(self.layer3(self.layer2(self.layer1(self.convnormrelu(x)))))
 
 class UpdateBlock(nn.Module):
-    """One iteration: state (B, 96, h, w), the context's share of the GRU (`of_context`), looked-up
-    correlation (B, 196, h, w), flow (B, 2, h, w) in cells -> new state, change of the flow."""
+    """One iteration: state (B, 96, h, w), context (B, 64, h, w), looked-up correlation (B, 196, h,
+    w), flow (B, 2, h, w) in cells -> new state, change of the flow."""
     def __init__(self):
         super().__init__()
         self.motion_encoder = nn.ModuleDict({
@@ -105,24 +105,14 @@ class UpdateBlock(nn.Module):
         self.flow_head = nn.ModuleDict({"conv1": nn.Conv2d(HIDDEN, 128, 3, padding=1),
                                         "conv2": nn.Conv2d(128, 2, 3, padding=1)})
 
-    def of_context(self, context):
-        """The GRU's weights for state and motion (288, 178, 3, 3); its convolution of the context,
-        (B, 288, h, w), once for all iterations: a convolution is a sum over input channels."""
-        gru = self.recurrent_block["convgru1"].values()
-        weight, bias = (torch.cat(parts) for parts in zip(*((g.weight, g.bias) for g in gru)))
-        of_state, of_context, of_motion = weight.split([HIDDEN, CONTEXT, MOTION], 1)
-        return torch.cat([of_state, of_motion], 1), F.conv2d(context, of_context, bias, padding=1)
-
-    def forward(self, state, of_context, corr, flow):
-        encoder, (weight, fixed) = self.motion_encoder, of_context
+    def forward(self, state, context, corr, flow):
+        encoder, gru = self.motion_encoder, self.recurrent_block["convgru1"]
         motion = torch.cat([encoder["convcorr1"](corr),
                             encoder["convflow2"](encoder["convflow1"](flow))], 1)
-        x = torch.cat([encoder["conv"](motion), flow], 1)
-        (of_gates, of_new), (gates, new) = (
-            part.split([2 * HIDDEN, HIDDEN], axis) for axis, part in enumerate((weight, fixed)))
-        gates = F.conv2d(torch.cat([state, x], 1), of_gates, padding=1).add_(gates)
-        update, reset = gates.sigmoid_().chunk(2, 1)
-        new = F.conv2d(torch.cat([reset * state, x], 1), of_new, padding=1).add_(new).tanh_()
+        x = torch.cat([context, encoder["conv"](motion), flow], 1)
+        seen = torch.cat([state, x], 1)
+        update, reset = gru["convz"](seen).sigmoid(), gru["convr"](seen).sigmoid()
+        new = gru["convq"](torch.cat([reset * state, x], 1)).tanh()
         state = (1 - update) * state + update * new
         return state, self.flow_head["conv2"](self.flow_head["conv1"](state).relu())
 
@@ -179,7 +169,7 @@ class RAFT(nn.Module):
         B, _, h, w = features1.shape
         pyramid = correlation_pyramid(features1, features2)
         state, context = context.float().split([HIDDEN, CONTEXT], 1)
-        state, of_context = state.tanh(), self.update_block.of_context(context.relu())
+        state, context = state.tanh(), context.relu()
         y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
         # in the context's memory format, so that what follows has it too
         start = torch.empty_like(context[:, :2], dtype=torch.float32).copy_(torch.stack([x, y]))
@@ -187,7 +177,7 @@ class RAFT(nn.Module):
         for _ in range(iters):
             coords = coords.detach()                # each iteration learns from its own error
             corr = look_up(pyramid, coords)
-            state, delta = self.update_block(state, of_context, corr, coords - start)
+            state, delta = self.update_block(state, context, corr, coords - start)
             coords = coords + delta.float()
             flows.append(coords - start)
         return flows
