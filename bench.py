@@ -2,8 +2,8 @@
 
     python bench.py                         all of them (--quick for a look): runs/bench/report.html
     python bench.py compare --n 500         one of motivation, compare, ablation, sdedit
-    python bench.py premise --n 500         21 trainings: what VideoJAM gains, by how much of the
-                                            pixels is appearance; stop it and go on at any time
+    python bench.py premise --n 500         24 trainings: VideoJAM's gain by --appearance, and by
+                                            --target; stop it and go on at any time
     python bench.py metrics FOLDER          VBench's motion metrics of anybody's videos
 
 The paper's human evaluation is the page assets/rate.html: open it in a browser.
@@ -131,10 +131,10 @@ def paired_table(gains):
     def paired_cell(rows, key):
         if not (values := present(rows, key)):
             return "-"
-        *values, p, n = *paired(values), len(values)
         scale, digits = (1, 2) if key == "error" else (100, 1)
-        return "{:+.{k}f} [{:+.{k}f}, {:+.{k}f}], p = {:.4f}, n = {}".format(
-            *(scale * value for value in values), p, n, k=digits)
+        *ends, p = paired(values)
+        mean, low, high = (f"{scale * value:+.{digits}f}" for value in ends)
+        return f"{mean} [{low}, {high}], p = {p:.4f}, n = {len(values)}"
 
     return ["p values are not corrected for their number", *PAIRED.values()], [
         [name, *(paired_cell(rows, key) for key in PAIRED)] for name, rows in gains.items()]
@@ -475,6 +475,7 @@ def html_page(out, sections, fps):
 # ---------------------------------------------------------------- command line
 
 EXPERIMENTS = {"motivation": motivation, "compare": compare, "ablation": ablation, "sdedit": sdedit}
+
 def parse():
     parser = Parser(__doc__)
     flag = parser.add_argument

@@ -241,22 +241,23 @@ class Folder:
 
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
             entries = tqdm(pool.map(entry, *zip(*found)), "examining videos", len(found))
-            for row, ((name, _), one) in enumerate(zip(found, entries), 1):
+            for row, ((name, _), result) in enumerate(zip(found, entries), 1):
                 if not name:
                     name = f"row {row}, without file_name"
                 elif name in listing:
-                    name, one = f"{name} (row {row})", {"reason": "listed twice"}
-                listing[name] = one
+                    name, result = f"{name} (row {row})", {"reason": "listed twice"}
+                listing[name] = result
                 if row % EXAMINED_BETWEEN_WRITES == 0:      # so an interrupted look goes on
                     write_text(path, json.dumps({**before, **listing}))
         for other in sorted(set(video_files(self.folder)) - {name for name, _ in found}):
             listing[other] = {"reason": f"not in {layout}"}
         write_text(path, json.dumps(listing, indent=1))
-        used = [one for one in listing.values() if "frames" in one]
+        used = [result for result in listing.values() if "frames" in result]
         print0(f"{self.folder}: {len(listing)} videos ({layout}), {len(used)} used, "
-               f"{sum(one['frames'] for one in used) / self.preset.fps:.0f} s, "
+               f"{sum(result['frames'] for result in used) / self.preset.fps:.0f} s, "
                f"{len(listing) - len(used)} skipped")
-        print_skipped({name: one["reason"] for name, one in listing.items() if "reason" in one})
+        print_skipped({name: result["reason"] for name, result in listing.items()
+                       if "reason" in result})
 
     def prepare(self, limit, workers):
         """Writes the first frames of the videos and their RGB flow, a file (2, n, 3, H, W) uint8
@@ -276,11 +277,12 @@ class Folder:
         with tqdm(total=sum(map(wanted.get, missing)), desc="flow of the videos", unit="frame",
                   disable=rank() > 0 or not missing) as bar:
             for name, video in zip(missing, read):
-                flows, rgb = stream_flow(self.raft, (frame / 255 for frame in video)), []
-                for _, _, flow in flows if len(video) >= T else ():
-                    rgb.append((flow_to_rgb(flow, self.preset.sigma) * 255).round().byte().cpu())
-                    bar.update()
-                if rgb:
+                if len(video) >= T:
+                    rgb = []
+                    for _, _, flow in stream_flow(self.raft, (frame / 255 for frame in video)):
+                        flow = flow_to_rgb(flow, self.preset.sigma)
+                        rgb.append((flow * 255).round().byte().cpu())
+                        bar.update()
                     both = torch.stack([torch.stack(video), torch.stack([*rgb, rgb[-1]])]).numpy()
                     write_file(paths[name], lambda temporary: np.save(temporary, both))
         barrier()

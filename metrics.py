@@ -212,9 +212,9 @@ def cell(values, scale=1, statistic=np.mean, share=False):
     have = [value for value in values if value is not None]
     if not have:
         return "-"
-    return "{:.{k}f} [{:.{k}f}, {:.{k}f}]".format(
-        *(scale * v for v in interval(have, statistic, share)), k=1 if scale == 100 else 2) \
-        + f", n = {len(have)}" * (len(have) < len(values))
+    digits = 1 if scale == 100 else 2
+    value, low, high = (f"{scale * v:.{digits}f}" for v in interval(have, statistic, share))
+    return f"{value} [{low}, {high}]" + f", n = {len(have)}" * (len(have) < len(values))
 
 # ---------------------------------------------------------------- metrics of any video (VBench's)
 

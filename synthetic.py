@@ -214,12 +214,12 @@ def render_sprite(sprite, size):
 def sprite_clip(seed, frames=16, size=64, clutter=.5, order=None, appearance=0., target="flow"):
     """The clip of a seed: video (T, 3, H, W) in [0, 1], flow (T, 2, H, W) in px, caption, scene.
     seed: from HELD_OUT on for evaluation. clutter in [0, 1]: the share of textured backgrounds and,
-    independently, of scenes with two or three sprites (the first one named is in front). order: a
-    permutation of the frames; the flow is that of the permuted clip. appearance in [0, 1]: how loud
-    the still grey field behind the sprites is. target: "flow", or a control in its place: "mask",
-    where sprites are, as one constant flow; "shuffled", the flow's frames in a random order;
-    "direction", the mean flow of what moves, in the whole frame. A scene's sprites have `physics`
-    and a `path` (T, 3): x, y of the centre in px, the angle."""
+    independently, of scenes with two or three sprites, besides collisions (the first one named is
+    in front). order: a permutation of the frames; the flow is that of the permuted clip.
+    appearance in [0, 1]: how loud the still grey field behind the sprites is. target: "flow", or a
+    control in its place: "mask", where sprites are, as one constant flow; "shuffled", the flow's
+    frames in a random order; "direction", the mean flow of what moves, in the whole frame. A
+    scene's sprites have `physics` and a `path` (T, 3): x, y of the centre in px, the angle."""
     scene = sprite_scene(int(seed), frames, clutter)
     video = render_background(scene["background"], size, appearance).repeat(frames, 1, 1, 1)
     flow = torch.zeros(frames, 2, size, size)
