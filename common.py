@@ -106,7 +106,7 @@ def write_file(path, save):
         temporary.unlink(missing_ok=True)
 
 def write_text(path, text):
-    data = text.encode(errors="surrogateescape")            # captions may name files of any bytes
+    data = text.encode(errors="surrogateescape")        # a report may name a folder of any bytes
     write_file(path, lambda temporary: temporary.write_bytes(data))
 
 def truncate(prompt, max_bytes):
@@ -250,9 +250,9 @@ def device_of(name):
             raise ValueError(f"this machine has {count} GPUs: --nproc_per_node={count} at most")
         torch.cuda.set_device(name)
     try:
-        number = torch.zeros(1, device=name)
-        number.cpu()                            # fails for "meta"
-        return number.device
+        probe = torch.zeros(1, device=name)
+        probe.cpu()                             # fails for "meta"
+        return probe.device
     except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
         raise ValueError(f"--device {name}: take cpu or cuda ({one_line(error)})") from None
 
@@ -305,6 +305,15 @@ def barrier():
     if dist.is_initialized():
         dist.barrier()
 
+def leave_processes():
+    """Ends a script that torchrun started."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        # end here: torch 2.13's gloo threads may abort a process that winds down
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
 def any_rank(device, *flags):
     """Which flags hold on any rank: the same answer on all of them."""
     if world_size() == 1:
@@ -324,11 +333,12 @@ def orthogonalize(matrices):
     """Matrices (n, rows, columns) -> the same singular vectors, singular values of .78 to 1.22."""
     if hasattr(matrices, "placements"):         # sharded rows: each process takes whole matrices
         from torch.distributed.tensor import DTensor, Shard     # takes a second to import
-        rows, mesh = matrices.placements, matrices.device_mesh
-        taken = matrices.redistribute(placements=[Shard(0) if p.is_shard() else p for p in rows])
-        done = DTensor.from_local(orthogonalize(taken.to_local()).contiguous(), mesh,
-                                  taken.placements, shape=taken.shape, stride=taken.stride())
-        return done.redistribute(placements=rows)
+        placements, mesh = matrices.placements, matrices.device_mesh
+        whole = matrices.redistribute(
+            placements=[Shard(0) if place.is_shard() else place for place in placements])
+        result = DTensor.from_local(orthogonalize(whole.to_local()).contiguous(), mesh,
+                                    whole.placements, shape=whole.shape, stride=whole.stride())
+        return result.redistribute(placements=placements)
     wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
     X = wide.to(fast_dtype(matrices.device))
     X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -339,11 +349,10 @@ def orthogonalize(matrices):
 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al., 2024) with Nesterov momentum, for matrices and convolution kernels: rare
-    directions learn as fast as dominant ones. A step has the size of AdamW's, .2 lr an element;
-    lr_scale: {weight: factors}. (torch.optim.Muon takes matrices alone, and bf16 everywhere.)"""
-    def __init__(self, weights, lr, momentum=.95, lr_scale=None):
+    directions learn as fast as dominant ones. A step has the size of AdamW's, .2 lr an element.
+    (torch.optim.Muon takes matrices alone, and bf16 everywhere.)"""
+    def __init__(self, weights, lr, momentum=.95):
         super().__init__(weights, {"lr": lr, "momentum": momentum})
-        self.lr_scale = lr_scale or {}
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -361,13 +370,12 @@ class Muon(torch.optim.Optimizer):
                     matrices.append(weight.grad.lerp(momentum, group["momentum"]).flatten(1))
                 step = -group["lr"] * .2 * max(matrices[0].shape) ** .5
                 for weight, update in zip(weights, orthogonalize(torch.stack(matrices))):
-                    update = update.view_as(weight) * self.lr_scale.get(weight, 1.)
-                    weight.add_(update, alpha=step)
+                    weight.add_(update.view_as(weight), alpha=step)
 
-def make_optimizers(model, lr, lr_scale=None):
+def make_optimizers(model, lr):
     """[AdamW, Muon]: Muon for the weights of Linears and convolutions, AdamW for all others."""
     matrices = {module.weight: None for module in model.modules()
                 if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d))}
     others = [weight for weight in model.parameters() if weight not in matrices]
     return [torch.optim.AdamW(others, lr, (.9, .99), weight_decay=0, fused=True),
-            Muon(matrices, lr, lr_scale=lr_scale)]
+            Muon(matrices, lr)]

@@ -26,11 +26,9 @@ import functools
 import itertools
 import json
 import math
-import os
 import shlex
 import shutil
 import signal
-import sys
 import time
 import warnings
 import zlib
@@ -51,10 +49,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from common import (Parser, any_rank, autocast, barrier, can_compile, compile_layers, device_of,
-                    fast_dtype, fraction, grid, join_processes, keep_freed_memory, make_optimizers,
-                    nonempty, one_line, positive, positive_int, print0, rank, read_json,
-                    read_tensors, report_errors, seed, world_size, write_file, write_tensors,
-                    write_text, write_video)
+                    fast_dtype, fraction, grid, join_processes, keep_freed_memory, leave_processes,
+                    make_optimizers, nonempty, one_line, positive, positive_int, print0, rank,
+                    read_json, read_tensors, report_errors, seed, world_size, write_file,
+                    write_tensors, write_text, write_video)
 from data import Folder, Latents, Prefetcher, Sprites, print_skipped
 from flow import RAFT, estimate_flow, flow_to_rgb, upsample
 from synthetic import APPEARANCE, HELD_OUT, TARGETS, flow_scenes, sprite_clips, training_pairs
@@ -65,15 +63,15 @@ from videojam import (PAD, PRESETS, TAE, DiT, Noise, VideoJAM, flow_matching_los
 
 STAGES = ("tae", "encode", "base", "jam", "control")
 # preset -> stage -> (steps, learning rate, batch over all GPUs); the control has jam's. encode:
-# (clips of the sprite world, or of each video at most; nothing; batch of each GPU)
+# (clips of the sprite world, or of each video at most; batch of each GPU)
 DEFAULTS = {
-    "toy": {"tae": (800, 1e-3, 4), "encode": (6144, 0, 32), "base": (2200, 4.5e-3, 64),
+    "toy": {"tae": (800, 1e-3, 4), "encode": (6144, 32), "base": (2200, 4.5e-3, 64),
             "jam": (1400, 3e-3, 64)},
-    "small": {"tae": (50_000, 3e-4, 8), "encode": (64, 0, 8), "base": (200_000, 2e-4, 64),
+    "small": {"tae": (50_000, 3e-4, 8), "encode": (64, 8), "base": (200_000, 2e-4, 64),
               "jam": (20_000, 5e-5, 64)},
-    "4b": {"tae": (300_000, 1e-4, 32), "encode": (4, 0, 1), "base": (500_000, 1e-4, 256),
+    "4b": {"tae": (300_000, 1e-4, 32), "encode": (4, 1), "base": (500_000, 1e-4, 256),
            "jam": (50_000, 5e-6, 32)},
-    "30b": {"tae": (300_000, 1e-4, 32), "encode": (4, 0, 1), "base": (500_000, 1e-4, 1024),
+    "30b": {"tae": (300_000, 1e-4, 32), "encode": (4, 1), "base": (500_000, 1e-4, 1024),
             "jam": (35_000, 5e-6, 256)},
 }
 RAFT_DEFAULTS = 20_000, 4e-4, 8         # of stage raft, whatever the preset
@@ -145,7 +143,8 @@ class Run:
         if self.stages[0] not in ("tae", "raft") and not (args.init or tae_file.exists()):
             raise ValueError(f"{self.out}: has no tae yet, run --stage tae first")
         for stage in self.stages:
-            self.hyperparameters(stage)
+            if stage != "encode":
+                self.hyperparameters(stage)
         if settings_file.is_file() and any(self.out.glob("*/*")):
             refuse_changes(self.out, read_json(settings_file), self.settings)
         if args.stage == "raft" and args.init:                  # raft's --init is RAFT's weights
@@ -188,15 +187,12 @@ class Run:
         default = DEFAULTS[args.preset].get("jam" if stage == "control" else stage, RAFT_DEFAULTS)
         if begun := status or stage == "control" and self.last("jam")[1]:
             default = begun["of"], begun["lr"], begun["batch"]
-        if stage == "encode" and (manifest := self.out / "latents/manifest.json").exists():
-            default = read_json(manifest, "clips")["clips"], *default[1:]
-        is_named = stage != "encode" or args.stage == "encode"  # encode's batch is each GPU's
-        steps, lr = args.steps or default[0], args.lr or default[1]
-        batch = args.batch if is_named and args.batch else default[2]
+        steps, lr, batch = (given or own for given, own in zip(
+            (args.steps, args.lr, args.batch), default))
         parts = world_size() * args.accumulate
         # RAFT's pairs of 384 px are an eighth of the batch, and each part needs one
         unit = 8 * parts if stage == "raft" and parts > 1 else parts
-        if stage != "encode" and steps > status.get("step", 0):
+        if steps > status.get("step", 0):
             check_batch(stage, batch, unit, "processes x --accumulate" + " x 8" * (unit > parts))
         return steps, lr, batch
 
@@ -402,8 +398,8 @@ class Trainer:
         name, model
         settings                {name: value}: must be the same when the stage is resumed
         notes                   {name: value}: written down beside them
-        lr_scale                the optimizers'
-        make_optimizers         (model, lr, lr_scale) -> a list; if it has none, common's
+        lr_scale                {weight: factors}: how much further than others its entries go
+        make_optimizers         (model, lr) -> a list; if it has none, common's
         decay                   the share of steps over which the learning rate falls
         load(step, places)      the data of some places in the batch, a list; called in threads
         losses(data)            pairs of a scalar, whose sum is the loss, and {name: (n,)} to report
@@ -412,10 +408,10 @@ class Trainer:
         self.stage, self.model, self.accumulate = stage, stage.model.train(), run.args.accumulate
         self.steps, self.lr, self.batch = run.hyperparameters(stage.name)
         make = getattr(stage, "make_optimizers", make_optimizers)
-        self.optimizers = make(self.model, self.lr, stage.lr_scale)
+        self.optimizers, self.lr_scale = make(self.model, self.lr), stage.lr_scale or {}
         self.weights = dict(self.model.named_parameters())
         self.ema = {name: weight.detach().clone() for name, weight in self.weights.items()}
-        self.settings, self.bad = {"lr": self.lr, "batch": self.batch, **stage.settings}, 0
+        self.settings, self.bad_steps = {"lr": self.lr, "batch": self.batch, **stage.settings}, 0
         checkpoint, status = run.last(stage.name)
         self.step = status.get("step", 0)
         if checkpoint:
@@ -443,20 +439,27 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), MAX_NORM)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm    # one for all ranks
         self.step += 1
-        self.bad = 0 if norm.isfinite() else self.bad + 1
-        if self.bad == MAX_BAD_STEPS:
-            raise ValueError(f"{self.stage.name}: {self.bad} steps in a row are not finite, up to "
-                             f"step {self.step}: take a smaller --lr, or try --no-compile")
-        if self.bad:
+        self.bad_steps = 0 if norm.isfinite() else self.bad_steps + 1
+        if self.bad_steps == MAX_BAD_STEPS:
+            raise ValueError(f"{self.stage.name}: {MAX_BAD_STEPS} steps in a row are not finite, "
+                             f"up to step {self.step}: take a smaller --lr, or try --no-compile")
+        if self.bad_steps:
             print0(f"{self.stage.name}: step {self.step} is not finite and is skipped")
         else:
-            for optimizer in self.optimizers:
-                optimizer.param_groups[0]["lr"] = self.rate
-                optimizer.step()
-            decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))  # so short runs forget more
-            get_ema_multi_avg_fn(decay)(list(self.ema.values()), list(self.weights.values()), None)
+            self.step_weights()
         self.model.zero_grad()
-        return [] if self.bad else reports
+        return [] if self.bad_steps else reports
+
+    @torch.no_grad()
+    def step_weights(self):
+        before = {weight: weight.clone() for weight in self.lr_scale}
+        for optimizer in self.optimizers:
+            optimizer.param_groups[0]["lr"] = self.rate
+            optimizer.step()
+        for weight, factors in self.lr_scale.items():
+            weight.add_((factors - 1) * (weight - before[weight]))
+        decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))      # so short runs forget more
+        get_ema_multi_avg_fn(decay)(list(self.ema.values()), list(self.weights.values()), None)
 
 def train_loop(run, stage):
     """Trains a stage to its number of steps, from its last checkpoint on."""
@@ -515,14 +518,14 @@ class TAEStage:
                  for place in places]
         return *read[:3], torch.stack(noise)
 
-    def both(self, read):
+    def video_and_motion(self, read):
         """Clips that the dataset has read, and their RGB flow, on the device."""
         video, _, extra, *_ = read
         video = video.to(self.run.device)
         return video, self.dataset.motion(video, extra)
 
     def losses(self, data):
-        for i, clips in enumerate(self.both(data)):
+        for i, clips in enumerate(self.video_and_motion(data)):
             with self.run.autocast():
                 loss = tae_loss(self.model, clips, data[-1][:, i].to(clips.device))
             yield loss / 2, {"loss": loss[None]}
@@ -531,7 +534,8 @@ class TAEStage:
         """Clips above their reconstructions, and the PSNR of both kinds, on held-out clips."""
         run, rows, psnr = self.run, [], {}
         tae = run.load_ema(checkpoint, TAE(run.preset.tae)).to(run.device)
-        for kind, clips in zip(("video", "motion"), self.both(self.dataset.held_out(8))):
+        held_out = self.video_and_motion(self.dataset.held_out(8))
+        for kind, clips in zip(("video", "motion"), held_out):
             with run.autocast():
                 coded = [tae.decode(tae.encode(clip[None]), frames=len(clip)) for clip in clips]
             rows += [clips, torch.cat(coded)]
@@ -545,7 +549,7 @@ class TAEStage:
         """The training's first clips or their motion, as many at once as fit in training."""
         few = max(1, self.batch // world_size() // self.run.args.accumulate)
         for indices in torch.arange(WHITENING_CLIPS).split(few):
-            yield self.both(self.dataset.training(indices.tolist()))[motion]
+            yield self.video_and_motion(self.dataset.training(indices.tolist()))[motion]
 
 def train_tae(run):
     """Stage tae: trains, then fits the whitening of its latents and writes tae.pt."""
@@ -572,12 +576,15 @@ def train_tae(run):
 # ---------------------------------------------------------------- stage encode
 
 def read_manifest(run, clips=None):
-    """The shards of keys, and the keys of `clips` clips (default: as before) that are in none."""
-    path = run.out / "latents/manifest.json"
-    content = read_json(path, "clips", "shards") if path.exists() else {"clips": 0, "shards": []}
-    known = {json.dumps(key) for shard in content["shards"] for key in shard}
-    keys = run.dataset.keys(clips or content["clips"])
-    return content["shards"], [key for key in keys if json.dumps(key) not in known]
+    """{"clips": how many, "shards": keys of each}, and the keys of that many clips that are in no
+    shard. clips: so many (of a folder of each video), by default as before."""
+    path, default = run.out / "latents/manifest.json", DEFAULTS[run.args.preset]["encode"][0]
+    manifest = read_json(path, "clips", "shards") if path.exists() else \
+        {"clips": default, "shards": []}
+    manifest["clips"] = clips or manifest["clips"]
+    known = {json.dumps(key) for shard in manifest["shards"] for key in shard}
+    keys = run.dataset.keys(manifest["clips"])
+    return manifest, [key for key in keys if json.dumps(key) not in known]
 
 def encode_shard(run, tae, path, batches):
     """Writes path.x.npy, path.d.npy, path.json of one shard, from (shard, keys, what was read)."""
@@ -598,14 +605,16 @@ def encode_shard(run, tae, path, batches):
                    lambda temporary: np.save(temporary, np.concatenate(latents)))
     write_text(f"{path}.json", json.dumps(content))             # last: with it the shard is whole
 
-def encode(run):
+def encode(run, clips=None):
     """Stage encode: latents of clips and of their RGB flow, in shards, every rank its part."""
-    clips, _, batch = run.hyperparameters("encode")
     folder, dataset, tae = run.out / "latents", run.dataset, run.tae()
+    batch = DEFAULTS[run.args.preset]["encode"][1]
+    if run.args.stage == "encode":              # else --batch is of the other stages
+        batch = run.args.batch or batch
     if rank() == 0:                             # new clips come in new shards
-        shards, new = read_manifest(run, clips)
-        shards += [new[i:i + SHARD] for i in range(0, len(new), SHARD)]
-        write_text(folder / "manifest.json", json.dumps({"clips": clips, "shards": shards}))
+        manifest, new = read_manifest(run, clips)
+        manifest["shards"] += [new[i:i + SHARD] for i in range(0, len(new), SHARD)]
+        write_text(folder / "manifest.json", json.dumps(manifest))
     barrier()
     shards = read_json(folder / "manifest.json", "shards")["shards"]
     missing = [s for s in range(len(shards)) if not (folder / f"{s:06d}.json").exists()]
@@ -634,7 +643,7 @@ def motion_lr_scale(model, C):
             for weight, axis in ((model.W_in.weight, 1), (model.W_out.weight, 0))}
 
 class DiTStage:
-    """base, jam and control: the same data, the same noise; jam alone has d beside x."""
+    """base, jam and control: the same data, for the last two the same noise; jam has d beside x."""
     decay, shown = .3, 8                        # captions in a preview
 
     def __init__(self, run, name):
@@ -667,7 +676,7 @@ class DiTStage:
         return checkpoint, f"base at step {step}"
 
     def build(self, source):
-        """The DiT with its starting weights, sharded, and Muon's lr_scale."""
+        """The DiT with its starting weights, sharded, and the Trainer's lr_scale."""
         run, jam, ready = self.run, self.name == "jam", {}
         widens = jam and "jam" not in run.given                 # Sec. 4.2: from a base
         with torch.device("meta"):
@@ -723,7 +732,8 @@ class DiTStage:
 
 def finished_latents(run):
     """The run's latents. ValueError if there are none, or not all yet."""
-    latents, (shards, new) = Latents(run.out / "latents", run.dataset), read_manifest(run)
+    latents, (manifest, new) = Latents(run.out / "latents", run.dataset), read_manifest(run)
+    shards = manifest["shards"]
     if len(latents.shards) < len(shards) or not latents.captions:
         raise ValueError(f"{run.out}: encode has done {len(latents.shards)} of "
                          f"{len(shards) or 'all'} shards of latents, run --stage encode first")
@@ -865,7 +875,7 @@ def parse():
     flag("--batch", type=positive_int, help="clips a step, on all GPUs; --stage encode: on each")
     flag("--accumulate", type=positive_int, default=1, help="parts in which a batch is computed")
     flag("--clutter", type=fraction, default=0., help="sprite world: share of textured backgrounds "
-         "and of scenes with several sprites (default 0; the shipped weights': 0.2)")
+         "and of scenes with several sprites, besides collisions (default 0; the shipped toy: 0.2)")
     flag("--appearance", type=fraction,
          help=f"sprite world: loudness of the field behind sprites (default {APPEARANCE})")
     flag("--target", default="flow", choices=TARGETS,
@@ -923,19 +933,14 @@ def main():
         if stage == "tae":
             train_tae(run)
         elif stage == "encode":
-            encode(run)
+            encode(run, args.steps)
         elif stage == "raft":
             train_loop(run, RAFTStage(run))
             run.write_raft()
         else:
             train_loop(run, DiTStage(run, stage))
             run.export()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-        # end here: torch 2.13's gloo threads may abort a process that winds down
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+    leave_processes()
 
 if __name__ == "__main__":
     report_errors(main)

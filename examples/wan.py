@@ -23,7 +23,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from diffusers.utils import logging
@@ -34,7 +33,7 @@ import sample                                                                   
 import train                                                                        # noqa: E402
 import videojam                                                                     # noqa: E402
 from common import (Parser, autocast, barrier, fast_dtype, join_processes,          # noqa: E402
-                    one_line, positive_int, print0, rank, read_json, read_tensors,
+                    leave_processes, one_line, positive_int, print0, rank, read_json, read_tensors,
                     report_errors, world_size, write_tensors)
 from videojam import VideoJAM, check_velocity, widen_input, widen_output            # noqa: E402
 
@@ -64,12 +63,12 @@ def load(kind, name, **options):
 
 # ---------------------------------------------------------------- Wan and its VAE as ours
 
-def velocity(wan, one_by_one=False):
+def velocity(wan):
     """Wan as model(x, t, y). Its time is 1000 at noise and 0 at data, so its velocity points to
-    noise. one_by_one: the samples of a batch, which are guidance's terms, in turn."""
+    noise. The samples of a batch, which are guidance's terms, go in turn: less memory."""
     def u(z, t, y):
         return -wan(z, 1000 * (1 - t), y, return_dict=False)[0].float()
-    return u if not one_by_one else lambda *batch: torch.cat(
+    return lambda *batch: torch.cat(
         [u(*sample) for sample in zip(*(part.split(1) for part in batch))])
 
 class DiT(videojam.DiT):
@@ -87,7 +86,7 @@ class DiT(videojam.DiT):
         prompts = [bytes(k - 1 for k in row if 0 < k < 257).decode() for row in tokens.tolist()]
         y = torch.stack([self.run.prompt_embedding(prompt) for prompt in prompts]).to(z.device)
         vars(self.run).pop("text_encoder", None)                # it is large
-        return velocity(self.wan, self.run.args.one_by_one)(z, t, y)
+        return velocity(self.wan)(z, t, y)
 
 class TAE(torch.nn.Module):
     """Wan's VAE as a TAE of videojam.py, in fp32. scale: mean and deviation of the latents of
@@ -141,9 +140,6 @@ class WanRun(train.Run):
             **self.choices, frames=T, fps=16, size=(H, W) if args.data else H,
             dit=SimpleNamespace(channels=C, max_bytes=2 ** 16), sampler=self.preset.sampler,
             latent_shape=lambda: (C, (T + 3) // 4, H // 8, W // 8))
-
-    def hyperparameters(self, stage):                           # encode: 4 clips of each video
-        return (4, 0, 1) if stage == "encode" else super().hyperparameters(stage)
 
     @functools.cache
     def tae(self):
@@ -233,21 +229,9 @@ class WanStage(train.DiTStage):
         dit = train.distribute(run.dit, run)                    # under torchrun in shards
         return dit, train.motion_lr_scale(dit, run.preset.dit.channels)
 
-    def make_optimizers(self, *args):
-        return [AdamW(*args)]
-
-class AdamW(torch.optim.AdamW):
-    """Its weights in lr_scale, {weight: factors}, go so many times as far."""
-    def __init__(self, model, lr, lr_scale):
-        super().__init__([p for p in model.parameters() if p.requires_grad], lr, weight_decay=0)
-        self.lr_scale = lr_scale
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        before = [weight.clone() for weight in self.lr_scale]
-        super().step()
-        for (weight, factors), old in zip(self.lr_scale.items(), before):
-            weight.add_((factors - 1) * (weight - old))
+    def make_optimizers(self, model, lr):
+        learn = [weight for weight in model.parameters() if weight.requires_grad]
+        return [torch.optim.AdamW(learn, lr, weight_decay=0)]
 
 # ---------------------------------------------------------------- the two commands
 
@@ -266,8 +250,7 @@ def fine_tune(own, flags):
         dit.wan.save_pretrained(run.out / "transformer.part")   # so that it is whole, or not there
         (run.out / "transformer.part").rename(run.out / "transformer")
         print(f"python examples/wan.py sample {run.out} PROMPT")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_processes()
 
 def sample_videos(own, flags):
     folder, *flags = ["runs/wan-tiny"] * own.tiny + flags or [""]
@@ -298,7 +281,6 @@ def main():
     flag("--size", default="480x832", help="height and width")
     flag("--frames", type=positive_int, default=81)
     flag("--lora", type=positive_int, metavar="RANK", help="train adapters and two layers")
-    flag("--one-by-one", action="store_true", help="sample: Eq. 8's terms in turn: less memory")
     flag("--tiny", action="store_true", help="a random model")
     if "--tiny" in sys.argv:
         parser.set_defaults(model="tiny", size="32x32", frames=9)

@@ -135,7 +135,7 @@ def use_tiny_preset(patch, steps=3, clips=32):
     """Gives train.py the preset "tiny", which passes through a stage in a second."""
     stage = steps, 1e-3, 4
     patch.setitem(train.PRESETS, "tiny", TINY)
-    patch.setitem(train.DEFAULTS, "tiny", {"tae": stage, "encode": (clips, 0, 8), "base": stage,
+    patch.setitem(train.DEFAULTS, "tiny", {"tae": stage, "encode": (clips, 8), "base": stage,
                                            "jam": stage})
     # sums in another order, as of two processes, would show after bf16 products
     patch.setattr(common, "fast_dtype", lambda device: torch.float32)

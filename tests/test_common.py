@@ -106,8 +106,7 @@ def test_muon_matches_torch(dtype, tolerance, monkeypatch):
     shapes = (12, 40), (12, 40), (40, 12), (8, 3, 3, 6)                 # the kernel: channels last
     ours = [torch.zeros(shape).movedim(-1, 1).requires_grad_() for shape in shapes]
     theirs = [torch.zeros_like(weight.flatten(1), requires_grad=True) for weight in ours]
-    scale = {weight: 1. + (torch.rand_like(weight) < .5) for weight in ours}    # 1 or 2: exact
-    optimizers = common.Muon(ours, .01, lr_scale=scale), torch.optim.Muon(
+    optimizers = common.Muon(ours, .01), torch.optim.Muon(
         theirs, .01, weight_decay=0, adjust_lr_fn="match_rms_adamw")
     for _ in range(4):
         for a, b in zip(ours, theirs):
@@ -115,7 +114,6 @@ def test_muon_matches_torch(dtype, tolerance, monkeypatch):
             b.grad = a.grad.flatten(1).clone()
         optimizers[0].step(), optimizers[1].step()
     for a, b in zip(ours, theirs):
-        b = b * scale[a].flatten(1)
         assert (a.flatten(1) - b).norm() <= tolerance * b.norm()
 
 @pytest.mark.parametrize("dtype, rest", ((torch.bfloat16, .3), (torch.float32, .001)))
@@ -131,7 +129,7 @@ def test_orthogonalize_keeps_singular_vectors(values, dtype, rest, monkeypatch):
 @pytest.mark.parametrize("model", (DiT(TINY.dit), TAE(TINY.tae), torch.nn.Conv3d(4, 6, 2)))
 def test_muon_takes_matrices_and_adamw_the_rest(model):
     """Muon's steps are large in all directions, even where one is far louder than the others."""
-    adamw, muon = common.make_optimizers(model, 1., dict.fromkeys(model.parameters(), 2.))
+    adamw, muon = common.make_optimizers(model, 1.)
     for weight in model.parameters():
         weight.data.zero_()
         loud = torch.randn(len(weight), 1) * torch.randn(weight[0].numel())
@@ -142,5 +140,5 @@ def test_muon_takes_matrices_and_adamw_the_rest(model):
             assert ((step.abs() - 1).abs() < .05).all()
         else:
             step = step.detach().flatten(1)
-            values = torch.linalg.svdvals(step) / (2 * .2 * max(step.shape) ** .5)
+            values = torch.linalg.svdvals(step) / (.2 * max(step.shape) ** .5)
             assert .5 < values.median() and values.max() < 1.3

@@ -1,5 +1,6 @@
 """pytest tests/test_train.py: stages, resuming, several processes, bad input."""
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -8,6 +9,7 @@ import signal
 import socket
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import imageio.v3 as iio
@@ -19,6 +21,7 @@ from conftest import (ROOT, TINY, at_once, checkpoint, checkpoints, content, equ
 
 import synthetic
 import train
+from common import Muon
 from data import Latents, Sprites
 from train import STAGES
 from videojam import (TAE, DiT, Noise, VideoJAM, flow_matching_loss, joint_loss, sample_noise,
@@ -215,7 +218,7 @@ def test_stages_begin_as_their_origin_and_jam_with_motion(
         torch.save({**tae, "origin": " ".join(map(str, more))}, out / "tae.pt")
     finishes(out, "--stage", name, *more)
     (trainer,) = seen
-    model, scale = trainer.stage.model, trainer.optimizers[1].lr_scale
+    model, scale = trainer.stage.model, trainer.lr_scale
     expected = DiT(replace(TINY.dit, motion=origin == "jam"))
     expected.load_state_dict(weights)
     if widened := name == "jam" and origin == "base":
@@ -235,6 +238,25 @@ def test_stages_begin_as_their_origin_and_jam_with_motion(
     if name == "jam":                                       # whether d was dropped or not
         loss_d = torch.where(report["loss_d"].isnan(), report["loss_d_dropped"], report["loss_d"])
         torch.testing.assert_close(loss_d, each[:, 4:].mean(1))
+
+@pytest.mark.parametrize("optimizer", (
+    functools.partial(torch.optim.AdamW, weight_decay=0), functools.partial(Muon, lr=1.)))
+def test_lr_scale_takes_entries_further(optimizer):
+    def steps(lr_scale):
+        weight = torch.nn.Parameter(torch.tensor([[1., 2.], [3., 4.]]))
+        weight.grad = torch.tensor([[1., 2.], [3., -1.]])
+        trainer = SimpleNamespace(
+            lr_scale=lr_scale and {weight: factors}, optimizers=[optimizer([weight])], rate=.01,
+            step=1, weights={"w": weight}, ema={"w": torch.zeros(2, 2)})
+        train.Trainer.step_weights(trainer)
+        return weight.detach(), trainer.ema["w"]
+
+    factors, start = torch.tensor([[1., 5.], [1., 2.]]), torch.tensor([[1., 2.], [3., 4.]])
+    (plain, _), (scaled, ema) = steps({}), steps(True)
+    assert ((plain - start).abs() > 1e-4).all()
+    torch.testing.assert_close(scaled - start, factors * (plain - start), rtol=1e-3, atol=1e-6)
+    assert torch.equal(scaled[:, 0], plain[:, 0])           # a factor of 1 changes no bit
+    torch.testing.assert_close(ema, scaled * (1 - 2 / 11))  # after all of it
 
 def test_learning_rate_falls_at_the_end_and_steps_that_are_not_finite_are_skipped(
         begun, finishes, ends, watched, monkeypatch):

@@ -175,15 +175,12 @@ def train_tiny(out, port=None, rank=0):
 
 def test_tiny_trains_and_samples(trained, run, tmp_path):
     assert len([*trained.glob("previews/*.mp4")]) == 5
-    for options in ([], ["--one-by-one"]):
-        file = tmp_path / f"{len(options)}.mp4"
-        code, out, err = run(wan.main, "sample", trained, "a red square", "--steps", 4, "--motion",
-                             "--out", file, *options)
-        assert code == 0 and out.startswith(f"{file}: 'a red square'"), err
-        assert iio.imread(file).shape == (9, 8 * 34, 8 * 2 * 34, 3)     # video, motion
+    file = tmp_path / "red.mp4"
+    code, out, err = run(wan.main, "sample", trained, "a red square", "--steps", 4, "--motion",
+                         "--out", file)
+    assert code == 0 and out.startswith(f"{file}: 'a red square'"), err
+    assert iio.imread(file).shape == (9, 8 * 34, 8 * 2 * 34, 3)         # video, motion
     assert (trained / f"texts/{hashlib.md5(b'a red square').hexdigest()}.pt").exists()
-    assert_close(*(torch.from_numpy(iio.imread(tmp_path / f"{i}.mp4")).float() for i in (0, 1)),
-                 rtol=0, atol=8)
 
 needs_peft = pytest.mark.skipif(not importlib.util.find_spec("peft"), reason="pip install peft")
 
@@ -240,12 +237,6 @@ def test_latents_are_the_vaes_own_and_of_motion_whitened_apart():
     assert_close(tae.encode(video, True), (z - .3) / 2)
     assert_close(tae.decode((z - .3) / 2, True), tae.decode(z))
     assert_close(tae.decode(z), tae.vae.decode(z).sample.transpose(1, 2).detach() / 2 + .5)
-
-def test_adamw_takes_the_new_weights_further():
-    layer, factors = torch.nn.Linear(2, 1, bias=False), torch.tensor([[1., 5.]])
-    before, layer.weight.grad = layer.weight.detach().clone(), torch.ones(1, 2)
-    wan.AdamW(layer, .01, {layer.weight: factors}).step()
-    assert_close(before - layer.weight.detach(), .01 * factors)
 
 def test_texts_are_kept_without_their_zeros(tmp_path):
     y = torch.randn(40, 8)

@@ -28,8 +28,8 @@ if __name__ == "__main__":
         preset = train.PRESETS["4b"]
         two_blocks = dataclasses.replace(preset.dit, depth=2)
         train.PRESETS["tiny"] = dataclasses.replace(preset, dit=two_blocks)
-        train.DEFAULTS["tiny"] = {"encode": (4, 0, 1), **dict.fromkeys(("tae", "base", "jam"),
-                                                                        (1, 1e-4, 2))}
+        train.DEFAULTS["tiny"] = {"encode": (4, 1), **dict.fromkeys(("tae", "base", "jam"),
+                                                                     (1, 1e-4, 2))}
         train.SHARD, train.WHITENING_CLIPS = 2, 1
     else:
         use_tiny_preset(pytest.MonkeyPatch(), int(os.environ["TINY_STEPS"]),
