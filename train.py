@@ -452,6 +452,7 @@ class Trainer:
 
     @torch.no_grad()
     def step_weights(self):
+        """The optimizers' step, prolonged where lr_scale says so, and the EMA's."""
         before = {weight: weight.clone() for weight in self.lr_scale}
         for optimizer in self.optimizers:
             optimizer.param_groups[0]["lr"] = self.rate
