@@ -137,7 +137,9 @@ class Run:
     def check(self):
         """ValueError for what would fail later, before anything is written."""
         args, settings_file, tae_file = self.args, self.out / "settings.json", self.out / "tae.pt"
-        if not tae_file.exists() and (self.out / "latents/manifest.json").exists():
+        if (manifest := self.out / "latents/manifest.json").exists():
+            read_json(manifest, "clips", "shards")
+        if manifest.exists() and not tae_file.exists():
             raise ValueError(f"{self.out}: its latents are there without tae.pt, which made them: "
                              "delete latents/ and the checkpoints that came after it")
         if self.stages[0] not in ("tae", "raft") and not (args.init or tae_file.exists()):
@@ -182,7 +184,8 @@ class Run:
         return Sprites(self.preset, args.clutter)
 
     def hyperparameters(self, stage):
-        """(steps, learning rate, batch over all GPUs): the flags, else as begun, else DEFAULTS."""
+        """(steps, learning rate, batch over all GPUs) of a stage that trains: the flags, else as
+        begun, else DEFAULTS."""
         args, status = self.args, self.last(stage)[1]
         default = DEFAULTS[args.preset].get("jam" if stage == "control" else stage, RAFT_DEFAULTS)
         if begun := status or stage == "control" and self.last("jam")[1]:
@@ -578,7 +581,7 @@ def train_tae(run):
 
 def read_manifest(run, clips=None):
     """{"clips": how many, "shards": keys of each}, and the keys of that many clips that are in no
-    shard. clips: so many (of a folder of each video), by default as before."""
+    shard. clips: so many (of a folder of each video), by default as before, at first DEFAULTS'."""
     path, default = run.out / "latents/manifest.json", DEFAULTS[run.args.preset]["encode"][0]
     manifest = read_json(path, "clips", "shards") if path.exists() else \
         {"clips": default, "shards": []}

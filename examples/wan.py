@@ -65,11 +65,11 @@ def load(kind, name, **options):
 
 def velocity(wan):
     """Wan as model(x, t, y). Its time is 1000 at noise and 0 at data, so its velocity points to
-    noise. The samples of a batch, which are guidance's terms, go in turn: less memory."""
+    noise. A batch's samples go in turn: of guidance's terms one is in memory at a time."""
     def u(z, t, y):
         return -wan(z, 1000 * (1 - t), y, return_dict=False)[0].float()
     return lambda *batch: torch.cat(
-        [u(*sample) for sample in zip(*(part.split(1) for part in batch))])
+        [u(*sample) for sample in zip(*(part.split(1) for part in batch), strict=True)])
 
 class DiT(videojam.DiT):
     """Wan as a DiT of videojam.py: model(x, t, tokens)."""
@@ -123,9 +123,9 @@ class WanRun(train.Run):
         join_processes(args.device)
         super().__init__(args)
         T, (H, W) = args.frames, map(int, (*re.findall(r"\d+", args.size), 1, 1)[:2])
-        if T % 4 != 1 or H % 16 or W % 16:
+        if T < 5 or T % 4 != 1 or H % 16 or W % 16:
             raise ValueError(f"{T} frames of {args.size}: Wan's VAE takes 4n + 1 frames, such as "
-                             f"{T // 4 * 4 + 1}, and --size sides that are multiples of 16")
+                             f"{max(5, T // 4 * 4 + 1)}, and --size sides that are multiples of 16")
         if args.command == "train":
             if args.lora and not importlib.util.find_spec("peft"):
                 raise ValueError("--lora needs peft: pip install peft")

@@ -613,6 +613,11 @@ def test_unfinished_stages_and_damaged_files_are_refused(begun, ends):
     for stage in "base", "jam":
         assert f"{checkpoints(out, 'base')[-1]}: cannot be read; delete if damaged (" in ends(
             out, "--stage", stage, "--steps", 9)
+    manifest = out / "latents/manifest.json"
+    whole = manifest.read_text()
+    manifest.write_text(whole[:30])
+    assert "manifest.json: damaged" in ends(out)
+    manifest.write_text(whole)
     (out / "latents/000001.json").unlink()
     assert "encode has done 1 of 2 shards of latents, run --stage encode first" in ends(
         out, "--stage", "jam")

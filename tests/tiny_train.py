@@ -1,8 +1,8 @@
 """train.py with a tiny preset, for tests that start processes: python tests/tiny_train.py FLAGS.
 
-Environment: TINY_STEPS and TINY_CLIPS are the stages' and encode's steps, TINY_STAGES the stages
-(default: all); TINY_LARGE takes a large preset, for a GPU. TINY_PHASE names a file
-that always says what the run is at: "encode", "step" or "save", the writing of a checkpoint."""
+Environment: TINY_STEPS and TINY_CLIPS are the stages' steps and encode's clips, TINY_STAGES the
+stages (default: all); TINY_LARGE takes a large preset, for a GPU. TINY_PHASE names a file that
+always says what the run is at: "encode", "step" or "save", the writing of a checkpoint."""
 import dataclasses
 import os
 import sys
