@@ -124,6 +124,7 @@ class Run:
     """A run's folder, and what all its stages share."""
     def __init__(self, args):
         self.args, self.out, self.device = args, Path(args.out), args.device
+        self.manifest = self.out / "latents/manifest.json"      # of stage encode
         self.autocast = functools.partial(autocast, args.device, args.precision)
         self.choices = {name: getattr(args, name) for name in ("sigma", "appearance", "target")}
         self.preset = dataclasses.replace(PRESETS[args.preset], **self.choices)
@@ -137,9 +138,9 @@ class Run:
     def check(self):
         """ValueError for what would fail later, before anything is written."""
         args, settings_file, tae_file = self.args, self.out / "settings.json", self.out / "tae.pt"
-        if (manifest := self.out / "latents/manifest.json").exists():
-            read_json(manifest, "clips", "shards")
-        if manifest.exists() and not tae_file.exists():
+        if self.manifest.exists():
+            read_json(self.manifest, "clips", "shards")
+        if self.manifest.exists() and not tae_file.exists():
             raise ValueError(f"{self.out}: its latents are there without tae.pt, which made them: "
                              "delete latents/ and the checkpoints that came after it")
         if self.stages[0] not in ("tae", "raft") and not (args.init or tae_file.exists()):
@@ -561,7 +562,7 @@ def train_tae(run):
     origin = read_tensors(path, "tae")["origin"] if path.exists() else ""
     if origin and (not done or origin.startswith("--init")):
         return print0(f"tae: it is there already, from {origin}")
-    if (run.out / "latents/manifest.json").exists() and steps > done.get("step", 0):
+    if run.manifest.exists() and steps > done.get("step", 0):
         raise ValueError(f"{run.out}: its latents are of the TAE as it is, which {steps} steps "
                          "would change: name another --stage, or take another --out")
     stage = TAEStage(run)
@@ -582,9 +583,9 @@ def train_tae(run):
 def read_manifest(run, clips=None):
     """{"clips": how many, "shards": keys of each}, and the keys of that many clips that are in no
     shard. clips: so many (of a folder of each video), by default as before, at first DEFAULTS'."""
-    path, default = run.out / "latents/manifest.json", DEFAULTS[run.args.preset]["encode"][0]
-    manifest = read_json(path, "clips", "shards") if path.exists() else \
-        {"clips": default, "shards": []}
+    manifest = {"clips": DEFAULTS[run.args.preset]["encode"][0], "shards": []}
+    if run.manifest.exists():
+        manifest = read_json(run.manifest, "clips", "shards")
     manifest["clips"] = clips or manifest["clips"]
     known = {json.dumps(key) for shard in manifest["shards"] for key in shard}
     keys = run.dataset.keys(manifest["clips"])
@@ -618,9 +619,9 @@ def encode(run, clips=None):
     if rank() == 0:                             # new clips come in new shards
         manifest, new = read_manifest(run, clips)
         manifest["shards"] += [new[i:i + SHARD] for i in range(0, len(new), SHARD)]
-        write_text(folder / "manifest.json", json.dumps(manifest))
+        write_text(run.manifest, json.dumps(manifest))
     barrier()
-    shards = read_json(folder / "manifest.json", "shards")["shards"]
+    shards = read_json(run.manifest, "shards")["shards"]
     missing = [s for s in range(len(shards)) if not (folder / f"{s:06d}.json").exists()]
     barrier()                                   # all have looked before any shard is made
     print0(f"encode: {sum(map(len, shards))} clips in {len(shards)} shards, {len(missing)} to do")
